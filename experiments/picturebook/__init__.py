@@ -1,0 +1,1 @@
+"""Training of the picture-book model, a module a part."""

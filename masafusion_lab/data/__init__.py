@@ -1,0 +1,1 @@
+"""Cases: what there is to edit."""

@@ -1,0 +1,36 @@
+import os
+import socket
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quiet_home(tmp_path_factory, monkeypatch):
+    """A home of its own, and no way out but loopback."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MASAFUSION_HOME", str(home / "masafusion"))
+    connect = socket.socket.connect
+
+    def loopback_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"no network in tests: {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", loopback_only)
+
+
+@pytest.fixture
+def realdata():
+    """The folder of photographs and small weights that MASAFUSION_REALDATA names; the test skips without it."""
+    from pathlib import Path
+
+    folder = os.environ.get("MASAFUSION_REALDATA", "")
+    if not Path(folder, "images").is_dir():
+        pytest.skip("set MASAFUSION_REALDATA to the folder with images/ and weights/")
+    return Path(folder)
