@@ -34,3 +34,19 @@ def realdata():
     if not Path(folder, "images").is_dir():
         pytest.skip("set MASAFUSION_REALDATA to the folder with images/ and weights/")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory):
+    """A folder that holds a tiny random model of Stable Diffusion's structure, with sketch and pose adapters."""
+    from tests.tiny import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny(tiny_root):
+    """That model, loaded."""
+    from masafusion_lab.model import StableDiffusion
+
+    return StableDiffusion.load(str(tiny_root))

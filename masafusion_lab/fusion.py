@@ -1,0 +1,140 @@
+"""Fusion stated as data: which noise predictions a method makes, and which of them denoises which latent."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from masafusion_lab import InputError
+
+HALVES = ("null", "text")
+"""The two halves of classifier-free guidance, (3)."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The integers start <= i < stop (stop None: no end); a window of steps or of layers."""
+
+    start: int = 0
+    stop: int | None = None
+
+    def __contains__(self, i: object) -> bool:
+        return isinstance(i, int) and self.start <= i and (self.stop is None or i < self.stop)
+
+
+@dataclass(frozen=True)
+class Take:
+    """Whose Q, K and V a branch's self-attention uses (None: its own), in which steps, layers and halves of guidance.
+
+    What is read is what the other branch computed itself, before its own Take: rules never chain. Null reads null,
+    text reads text, image b reads image b. Layers are `Site.depth`: self-attention layers in running order.
+    """
+
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    steps: Container[int] = Span()
+    layers: Container[int] = Span()
+    halves: tuple[str, ...] = HALVES
+
+    @property
+    def read(self) -> set[str]:
+        """The branches that are read."""
+        return {name for name in (self.q, self.k, self.v) if name is not None}
+
+
+@dataclass(frozen=True)
+class Hint:
+    """When and in which halves of guidance the adapter's features are added."""
+
+    steps: Container[int] = Span()
+    halves: tuple[str, ...] = HALVES
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null`.
+
+    `null` names a prompt of `Given` or is "tuned": the record's optimised embedding of the step, where there is one.
+    """
+
+    x: str
+    prompt: str
+    hint: Hint | None = None
+    null: str = "empty"
+    take: Take = Take()
+
+
+@dataclass(frozen=True)
+class Masked:
+    """eps of branch `inside` where A = 1 and of branch `outside` where A = 0; `inside` everywhere in other steps."""
+
+    inside: str
+    outside: str
+    steps: Container[int] = Span()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method: its branches, and for each latent that is denoised the branch, or two by mask, that denoises it."""
+
+    branches: Mapping[str, Branch]
+    noise: Mapping[str, str | Masked]
+
+    def used(self, i: int) -> Iterator[str]:
+        """The branches whose eps step i uses."""
+        for rule in self.noise.values():
+            if isinstance(rule, str):
+                yield rule
+            else:
+                yield rule.inside
+                if i in rule.steps:
+                    yield rule.outside
+
+    def at(self, i: int) -> dict[str, Branch]:
+        """Only the branches that step i needs, in the plan's order: those used, and those that these read."""
+        used = set(self.used(i))
+        read = {name for b in used if i in self.branches[b].take.steps for name in self.branches[b].take.read}
+        return {name: branch for name, branch in self.branches.items() if name in used | read}
+
+    def check(self, *, steps: int, layers: int, latents: Container[str], prompts: Container[str]) -> None:
+        """Raise InputError for a name that is not there, or a rule that touches no step or no layer of this model."""
+        for name, branch in self.branches.items():
+            take = branch.take
+            if branch.x not in latents:
+                raise InputError(f"branch {name!r} denoises latent {branch.x!r}, which has no start")
+            for prompt in (branch.prompt, branch.null):
+                if prompt not in prompts and prompt != "tuned":
+                    raise InputError(f"branch {name!r} wants prompt {prompt!r}, which is not given")
+            if missing := take.read - set(self.branches):
+                raise InputError(f"branch {name!r} reads {', '.join(sorted(missing))}, no branch of the plan")
+            if take.read and not any(i in take.steps for i in range(steps)):
+                raise InputError(f"branch {name!r}: the window {take.steps} holds none of the {steps} steps")
+            if take.read and not any(d in take.layers for d in range(layers)):
+                raise InputError(f"branch {name!r}: {take.layers} holds none of the {layers} self-attention layers")
+        for latent, rule in self.noise.items():
+            for name in [rule] if isinstance(rule, str) else [rule.inside, rule.outside]:
+                if name not in self.branches or self.branches[name].x != latent:
+                    raise InputError(f"latent {latent!r} is denoised by {name!r}, no branch on that latent")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a batch of B cases gives a method.
+
+    `prompts`: name -> (B, n, d), with "source", "target" and "empty"; `mask`: A at latent resolution, (B, 1, h, w) in
+    [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings.
+    """
+
+    prompts: Mapping[str, Tensor]
+    mask: Tensor | None = None
+    hint: tuple[Tensor, ...] | None = None
+    null: Tensor | None = field(default=None)
+
+    def prompt(self, name: str, i: int) -> Tensor:
+        """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""
+        if name == "tuned":
+            return self.prompts["empty"] if self.null is None else self.null[i]
+        return self.prompts[name]

@@ -1,0 +1,134 @@
+"""MaSaFusion, Algorithm 1: intermediate image and target denoised in lockstep with the replayed source, (9) and (10)."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import HALVES, Branch, Given, Hint, Masked, Plan, Span, Take
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class MaSaFusion:
+    """Settings of Algorithm 1; the defaults are the paper's, or the most literal reading where it is silent."""
+
+    guidance: float = 7.5
+    """w of (3), for source, intermediate and target."""
+    preserve: Literal["qkv", "kv", "qk"] = "qkv"
+    """Which of the source's Q, K, V the predictions outside A read, (9)."""
+    preserve_layers: str = "all"
+    """Self-attention layers of that reading: all, decoder, a range a:b, or a list such as 3,4,9, in running order."""
+    preserve_steps: tuple[int, int] = (0, 1000)
+    """Steps [a, b) of that reading."""
+    edit_layers: str = "all"
+    """Layers in which the target inside A reads the intermediate image's Q and K, (10)."""
+    edit_steps: tuple[int, int] = (0, 1000)
+    """Steps [a, b) of that reading."""
+    qk_from: Literal["edit", "preserve"] = "edit"
+    """Whose Q, K of the intermediate image (10) reads: its prediction inside A or outside."""
+    cfg_pairing: Literal["matched", "cond_only"] = "matched"
+    """Whether both halves of guidance read (null from null, text from text) or only the text half does."""
+    source_null: Literal["tuned", "empty"] = "tuned"
+    """Null embedding of the source rows: the inversion's optimised one, where there is one, or that of ""."""
+    preserve_null: Literal["empty", "tuned"] = "empty"
+    """Null embedding of the predictions outside A."""
+    edit_null: Literal["empty", "tuned"] = "empty"
+    """Null embedding of the predictions inside A."""
+    hint_scale: float = 1.0
+    """Strength of the adapter's features."""
+    hint_until: float = 1.0
+    """Fraction of the first steps in which the adapter is on."""
+    hint_on_null: bool = True
+    """Whether the null half of guidance sees the adapter."""
+    hint_on_preserve: bool = True
+    """Whether the predictions outside A see the adapter, as (9) and (10) write it."""
+    hint_on_source: bool = False
+    """Whether the source rows see the adapter."""
+    init_t2i: Literal["gauss", "source", "mixed"] = "gauss"
+    """x_T of the intermediate image: x, x_T^S, or x inside A and x_T^S outside (line 4, Figure 4)."""
+    init_target: Literal["mixed", "source", "gauss"] = "mixed"
+    """x_T of the target (line 7)."""
+    share_noise: bool = True
+    """Whether lines 4 and 7 use the same Gaussian x."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """The branches of Algorithm 1 for a model with these attention layers, in `steps` steps."""
+        on = Hint(Span(0, round(self.hint_until * steps)), HALVES if self.hint_on_null else ("text",))
+        outside = on if self.hint_on_preserve else None
+        halves = HALVES if self.cfg_pairing == "matched" else ("text",)
+        q, k, v = ("S" if letter in self.preserve else None for letter in "qkv")
+        keep = Take(q, k, v, Span(*self.preserve_steps), layers(self.preserve_layers, sites), halves)
+        read = f"I_{'in' if self.qk_from == 'edit' else 'out'}"
+        edit = Take(read, read, None, Span(*self.edit_steps), layers(self.edit_layers, sites), halves)
+        return Plan(
+            {
+                "S": Branch("source", "source", on if self.hint_on_source else None, self.source_null),
+                "I_out": Branch("t2i", "source", outside, self.preserve_null, keep),  # eps-bar of (9)
+                "I_in": Branch("t2i", "target", on, self.edit_null),  # eps of (9)
+                "T_out": Branch("target", "source", outside, self.preserve_null, keep),  # eps-bar of (10)
+                "T_in": Branch("target", "target", on, self.edit_null, edit),  # eps-hat of (10)
+            },
+            {"t2i": Masked("I_in", "I_out"), "target": Masked("T_in", "T_out")},
+        )
+
+    def start(self, source: Tensor, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """x_T of both latents from x_T^S, the Gaussian x and A (lines 4 and 7)."""
+        other = x if self.share_noise else torch.roll(x, 1, dims=-1).flip(-1)
+
+        def init(how: str, x: Tensor) -> Tensor:
+            return {"gauss": x, "source": source, "mixed": torch.where(mask > 0, x, source)}[how]
+
+        return {"t2i": init(self.init_t2i, x), "target": init(self.init_target, other)}
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; the states hold "t2i", the intermediate image, beside "target"; see `Method`."""
+        if given.mask is None:
+            raise InputError("masafusion edits inside a region: give mask=FILE or box=x0,y0,x1,y1")
+        if given.hint is not None and self.hint_scale != 1:
+            given = replace(given, hint=tuple(self.hint_scale * f for f in given.hint))
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            self.start(source.states[0], x, given.mask),
+            given,
+            schedule=schedule,
+            replay={"source": source.states},
+            w=self.guidance,
+            taps=taps,
+        )
+
+
+def layers(text: str, sites: Sequence[Site]) -> Container[int]:
+    """The depths of self-attention layers that "all", "decoder", "a:b" or "3,4,9" means for a model's `sites`."""
+    if text == "all":
+        return Span()
+    if text == "decoder":
+        return {site.depth for site in sites if not site.cross and site.name.startswith("up_blocks")}
+    try:
+        if ":" in text:
+            a, b = text.split(":")
+            return Span(int(a or 0), int(b) if b else None)
+        return {int(part) for part in text.split(",")}
+    except ValueError:
+        raise InputError(
+            f"{text!r} names no layers: give all, decoder, a range such as 8:16, or a list such as 3,4,9"
+        ) from None

@@ -1,0 +1,49 @@
+"""The two reference points of every comparison: editing without fusion, and no editing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from masafusion_lab.attention import Tap
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Denoise x_T^S under the target prompt, nothing fused: plain inversion editing."""
+
+    guidance: float = 7.5
+    """w of (3)."""
+    null: str = "tuned"
+    """Null embedding: tuned (the record's, where it has one) or empty."""
+
+    prompt = "target"
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
+        start = {"target": source.states[0]}
+        yield from lockstep(model, plan, start, given, schedule=schedule, w=self.guidance, taps=taps)
+
+
+@dataclass(frozen=True)
+class Reconstruction(Plain):
+    """Denoise x_T^S under the source prompt: how well the inversion holds without being overwritten."""
+
+    prompt = "source"
