@@ -7,27 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "red",
-    "blue",
-    "orange",
-    "cat",
-    "dog",
-    "horse",
-    "running",
-    "standing",
-    "sitting",
-    "on",
-    "grass",
-    "in",
-    "snow",
-    "with",
-    "and",
-    "hat",
-]
+WORDS = """a an the red blue orange cat dog horse running standing sitting on grass in snow with and hat""".split()
 CHANNELS = (16, 32, 32)
 
 

@@ -1,4 +1,4 @@
-"""MaSaFusion, Algorithm 1: intermediate image and target denoised in lockstep with the replayed source, (9) and (10)."""
+"""MaSaFusion, Algorithm 1: intermediate image and target, in lockstep with the replayed source, (9) and (10)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MaSaFusion:
     init_target: Literal["mixed", "source", "gauss"] = "mixed"
     """x_T of the target (line 7)."""
     share_noise: bool = True
-    """Whether lines 4 and 7 use the same Gaussian x."""
+    """Whether lines 4 and 7 use the same Gaussian x; if not, the target starts from its mirror image."""
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The branches of Algorithm 1 for a model with these attention layers, in `steps` steps."""
@@ -83,7 +83,7 @@ class MaSaFusion:
 
     def start(self, source: Tensor, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """x_T of both latents from x_T^S, the Gaussian x and A (lines 4 and 7)."""
-        other = x if self.share_noise else torch.roll(x, 1, dims=-1).flip(-1)
+        other = x if self.share_noise else x.flip(-1)
 
         def init(how: str, x: Tensor) -> Tensor:
             return {"gauss": x, "source": source, "mixed": torch.where(mask > 0, x, source)}[how]
@@ -129,6 +129,4 @@ def layers(text: str, sites: Sequence[Site]) -> Container[int]:
             return Span(int(a or 0), int(b) if b else None)
         return {int(part) for part in text.split(",")}
     except ValueError:
-        raise InputError(
-            f"{text!r} names no layers: give all, decoder, a range such as 8:16, or a list such as 3,4,9"
-        ) from None
+        raise InputError(f"{text!r} names no layers: give all, decoder, a range (8:16) or a list (3,4,9)") from None

@@ -1,0 +1,135 @@
+"""The attention processor: diffusers' own when nothing is fused, and rows that read one another when something is."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from masafusion_lab.attention import Site, Step, install
+from masafusion_lab.fusion import Branch, Span, Take
+
+
+@pytest.fixture
+def batch(tiny):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(6, 4, 16, 16, generator=g), tiny.embed(["a cat", "a dog", "a red hat", "snow", "", "grass"])
+
+
+def stock(unet):
+    unet = copy.deepcopy(unet)
+    unet.set_attn_processor(AttnProcessor2_0())
+    return unet
+
+
+def step_of(i=0, taps=(), **takes):
+    branches = {name: Branch("x", "source", take=take) for name, take in takes.items()}
+    return Step(i, tuple((b, h) for h in ("null", "text") for b in branches), branches, taps)
+
+
+@torch.no_grad()
+def eps(unet, x, text, step=None):
+    return unet(x, 500, text, cross_attention_kwargs={"step": step} if step else None).sample
+
+
+def test_without_fusion_it_is_diffusers_own_to_the_bit(tiny, batch):
+    assert torch.equal(eps(tiny.unet, *batch), eps(stock(tiny.unet), *batch))
+    assert torch.equal(eps(tiny.unet, *batch, step_of(a=Take(), b=Take(), c=Take())), eps(stock(tiny.unet), *batch))
+
+
+def test_installing_twice_changes_nothing(tiny):
+    before = dict(tiny.unet.attn_processors)
+    assert install(tiny.unet) == tiny.sites
+    assert all(before[name] is p for name, p in tiny.unet.attn_processors.items())
+
+
+def test_sites_are_in_running_order(tiny, batch):
+    called = []
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+        for name, module in tiny.unet.named_modules()
+        if name.endswith(("attn1", "attn2"))
+    ]
+    eps(tiny.unet, *batch)
+    for hook in hooks:
+        hook.remove()
+    assert called == [site.name for site in tiny.sites]
+    selfs = [site for site in tiny.sites if not site.cross]
+    assert [site.depth for site in selfs] == list(range(len(selfs)))
+
+
+def test_a_branch_is_unchanged_by_its_neighbours(tiny, batch):
+    x, text = batch
+    plain = eps(tiny.unet, x, text)
+    fused = eps(tiny.unet, x, text, step_of(a=Take(), b=Take("a", "a", None), c=Take("a", "a", "a")))
+    for row in (0, 3):  # a, null and text
+        torch.testing.assert_close(fused[row], plain[row], rtol=1e-4, atol=1e-5)
+    for row in (1, 2, 4, 5):
+        assert not torch.allclose(fused[row], plain[row], atol=1e-3)
+
+
+def test_rules_never_chain(tiny, batch):
+    """c reads b's own Q and K, whatever b itself reads."""
+    x, text = batch
+    chained = eps(tiny.unet, x, text, step_of(a=Take(), b=Take("a", "a", "a"), c=Take("b", "b", layers=Span(0, 1))))
+    alone = eps(tiny.unet, x, text, step_of(a=Take(), b=Take(layers=Span(9, 9)), c=Take("b", "b", layers=Span(0, 1))))
+    torch.testing.assert_close(chained[2], alone[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "off",
+    [Take("a", "a", "a", steps=Span(1)), Take("a", "a", "a", layers=Span(99)), Take("a", "a", "a", halves=())],
+    ids=["step", "layer", "half"],
+)
+def test_a_rule_outside_its_window_does_nothing(tiny, batch, off):
+    x, text = batch
+    torch.testing.assert_close(
+        eps(tiny.unet, x, text, step_of(a=Take(), b=off, c=Take())), eps(tiny.unet, x, text), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_row_that_reads_everything_costs_no_projection_and_no_attention(tiny):
+    """One layer, three branches of which two read all of the first: one row a half is projected."""
+    attn = tiny.unet.get_submodule(tiny.sites[0].name)
+    seen = []
+    hooks = [layer.register_forward_hook(lambda _, x, __: seen.append(len(x[0]))) for layer in (attn.to_q, attn.to_v)]
+    hidden = torch.randn(6, 256, attn.query_dim)
+    out = attn.processor(attn, hidden, step=step_of(a=Take(), b=Take("a", "a", "a"), c=Take("a", "a", "a")))
+    for hook in hooks:
+        hook.remove()
+    assert seen == [2, 2]
+    assert torch.equal(out[0], out[1])
+    assert torch.equal(out[3], out[5])
+
+
+class Watch:
+    def __init__(self):
+        self.seen = []
+
+    def wants(self, site, i):
+        return site.depth == 1
+
+    def see(self, site, i, p):
+        self.seen.append((site, i, p))
+
+
+def test_watching_changes_nothing_and_sees_weights_that_sum_to_one(tiny, batch):
+    x, text = batch
+    takes = {"a": Take(), "b": Take("a", "a", None), "c": Take("a", "a", "a")}
+    watch = Watch()
+    assert torch.equal(
+        eps(tiny.unet, x, text, step_of(3, [watch], **takes)), eps(tiny.unet, x, text, step_of(3, **takes))
+    )
+    assert [(s.cross, s.depth, i) for s, i, _ in watch.seen] == [(False, 1, 3), (True, 1, 3)]
+    own, words = (p for _, _, p in watch.seen)
+    assert set(own) == {(b, h) for b in "abc" for h in ("null", "text")}
+    for p in (own, words):
+        torch.testing.assert_close(p["b", "text"].sum(-1), torch.ones(p["b", "text"].shape[:-1]))
+    assert torch.equal(own["b", "null"], own["a", "null"])  # b attends with a's map
+
+
+def test_the_processor_reads_rows_by_name_not_by_place():
+    site = Site("down_blocks.0.x.attn1", 0, False)
+    branches = {"a": Branch("x", "s"), "b": Branch("x", "s", take=Take(q="a"))}
+    rows = (("b", "text"), ("a", "null"), ("a", "text"), ("b", "null"))
+    assert Step(0, rows, branches).route(site).triples == ((2, 0, 0), (1, 1, 1), (2, 2, 2), (1, 3, 3))

@@ -1,0 +1,57 @@
+"""Fusion as data: windows, which branches a step needs, and plans that cannot work."""
+
+import pytest
+import torch
+
+from masafusion_lab import InputError
+from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
+from masafusion_lab.lockstep import mix
+
+S, T = Branch("source", "source"), Branch("target", "target", take=Take(None, "S", "S", Span(2, 4)))
+KEEP = Branch("target", "source")
+
+
+def test_a_span_is_half_open():
+    assert [i for i in range(6) if i in Span(2, 4)] == [2, 3]
+    assert 10**6 in Span(3)
+    assert "2" not in Span()
+
+
+def test_a_step_needs_only_what_it_uses_and_what_that_reads():
+    plan = Plan({"S": S, "T": T, "keep": KEEP}, {"target": Masked("T", "keep", Span(3))})
+    assert [list(plan.at(i)) for i in range(5)] == [["T"], ["T"], ["S", "T"], ["S", "T", "keep"], ["T", "keep"]]
+
+
+@pytest.mark.parametrize(
+    ("branches", "noise", "words"),
+    [
+        ({"T": T}, {"target": "T"}, "reads S, no branch"),
+        ({"T": Branch("elsewhere", "target")}, {"elsewhere": "T"}, "has no start"),
+        ({"T": Branch("target", "story")}, {"target": "T"}, "wants prompt 'story'"),
+        ({"S": S, "T": T}, {"target": "S"}, "denoised by 'S'"),
+        ({"S": S, "T": Branch("target", "target", take=Take("S", steps=Span(50)))}, {"target": "T"}, "none of the 10"),
+        ({"S": S, "T": Branch("target", "target", take=Take("S", layers={7}))}, {"target": "T"}, "none of the 5"),
+    ],
+)
+def test_a_plan_that_cannot_work_says_why(branches, noise, words):
+    with pytest.raises(InputError, match=words):
+        Plan(branches, noise).check(
+            steps=10, layers=5, latents={"source", "target"}, prompts={"source", "target", "empty"}
+        )
+
+
+def test_eps_is_chosen_pixel_by_pixel_and_hard_where_the_region_is_hard():
+    eps = {"in": torch.full((1, 4, 1, 3), 2.0), "out": torch.full((1, 4, 1, 3), float("inf"))}
+    mask = torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 1, 3)
+    assert mix(eps, Masked("in", "out"), mask, 0)[0, 0, 0].tolist() == [2, 2, float("inf")]
+    assert torch.equal(mix(eps, Masked("in", "out", Span(3)), mask, 0), eps["in"])
+    eps["out"] = torch.zeros(1, 4, 1, 3)
+    assert mix(eps, Masked("in", "out"), mask / 2, 0)[0, 0, 0].tolist() == [1, 1, 0]
+
+
+def test_mixing_by_mask_commutes_with_the_step(tiny):
+    schedule, g = tiny.schedule(10), torch.Generator().manual_seed(0)
+    x, a, b = torch.randn(3, 1, 4, 8, 8, generator=g)
+    mask = (torch.rand(1, 1, 8, 8, generator=g) > 0.5).float()
+    mixed = schedule.denoise(x, mix({"a": a, "b": b}, Masked("a", "b"), mask, 4), 4)
+    assert torch.equal(mixed, torch.where(mask == 1, schedule.denoise(x, a, 4), schedule.denoise(x, b, 4)))
