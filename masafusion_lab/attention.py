@@ -133,7 +133,7 @@ def install(unet: nn.Module) -> tuple[Site, ...]:
     """
     layers = [(name, module) for name, module in unet.named_modules() if re.search(r"\.attn[12]$", name)]
     layers.sort(key=lambda layer: _running_order(layer[0]))
-    sites = []
+    sites: list[Site] = []
     for name, module in layers:
         cross = name.endswith("attn2")
         sites.append(Site(name, sum(s.cross == cross for s in sites), cross))

@@ -101,10 +101,10 @@ class MaSaFusion:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; the states hold "t2i", the intermediate image, beside "target"; see `Method`."""
-        if given.mask is None:
-            raise InputError("masafusion edits inside a region: give mask=FILE or box=x0,y0,x1,y1")
         if given.hint is not None and self.hint_scale != 1:
             given = replace(given, hint=tuple(self.hint_scale * f for f in given.hint))
+        if given.mask is None:
+            raise InputError("masafusion edits inside a region: give mask=FILE or box=x0,y0,x1,y1")
         yield from lockstep(
             model,
             self.plan(model.sites, len(schedule)),
