@@ -1,0 +1,151 @@
+"""Inversion of a real picture: its record, DDIM inversion (5), guided resimulation (4), and direct inversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import NotFinite, lockstep
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+Track: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]]
+"""May show progress while it hands on an iterable; the words say what is under way."""
+
+
+def silent(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """Show nothing."""
+    return items
+
+
+@dataclass
+class Inversion:
+    """The record of B inverted pictures, all that an edit needs of them.
+
+    `states` (T + 1, B, C, h, w), float32: what the source branch reads at state i, x_T first. `null` (T, B, n, d): the
+    null embedding optimised for each step, or None.
+    """
+
+    states: Tensor
+    null: Tensor | None = None
+
+    def split(self) -> list[Inversion]:
+        """The records of its pictures, one by one."""
+        return [
+            Inversion(self.states[:, b : b + 1], None if self.null is None else self.null[:, b : b + 1])
+            for b in range(self.states.shape[1])
+        ]
+
+    @classmethod
+    def stack(cls, records: Sequence[Inversion]) -> Inversion:
+        """The record of a batch; either all of its pictures have optimised null embeddings or none has."""
+        nulls = [record.null for record in records if record.null is not None]
+        if nulls and len(nulls) != len(records):
+            raise InputError("records with and without null embeddings cannot be one batch: invert them alike")
+        return cls(torch.cat([r.states for r in records], 1), torch.cat(nulls, 1) if nulls else None)
+
+
+@torch.no_grad()
+def invert(
+    model: StableDiffusion,
+    x0: Tensor,
+    text: Tensor,
+    schedule: Schedule,
+    *,
+    w: float = 1.0,
+    null: Tensor | None = None,
+    track: Track = silent,
+) -> Tensor:
+    """DDIM inversion: states (T + 1, B, C, h, w) from x_0 (B, C, h, w) up to x_T, under text (B, n, d).
+
+    The UNet is asked at step i's timestep about the state i + 1 that is left (Mokady et al. 2023, section 3.2). Away
+    from w = 1 each picture costs a second row, under `null` (B, n, d). Raises NotFinite naming the step.
+    """
+    states = [x0.float()]
+    for i in track(range(len(schedule) - 1, -1, -1), "DDIM inversion"):
+        x = states[-1]
+        eps = model.eps(x, i, schedule, text, level=i + 1)
+        if w != 1:
+            if null is None:
+                raise InputError(f"inversion under guidance {w:g} needs a null embedding; only 1 does without")
+            eps = w * eps + (1 - w) * model.eps(x, i, schedule, null, level=i + 1)  # (3)
+        states.append(schedule.noise(x, eps, i))  # (5)
+        if not states[-1].isfinite().all():
+            raise NotFinite(f"DDIM inversion is not finite at step {i} of {len(schedule)}")
+    return torch.stack(states[::-1])
+
+
+def retrace(
+    model: StableDiffusion,
+    x_T: Tensor,
+    text: Tensor,
+    null: Tensor,
+    schedule: Schedule,
+    *,
+    w: float = 7.5,
+    track: Track = silent,
+) -> Tensor:
+    """Guided resimulation: states (T + 1, B, C, h, w) from x_T (B, C, h, w) down to a reconstruction of x_0.
+
+    `null` is (B, n, d), or (T, B, n, d) with an embedding for each step. Raises NotFinite naming the step.
+    """
+    plan = Plan({"S": Branch("source", "source", null="tuned")}, {"source": "S"})
+    given = Given({"source": text}, null=null if null.ndim == 4 else null.expand(len(schedule), *null.shape))
+    steps = lockstep(model, plan, {"source": x_T.float()}, given, schedule=schedule, w=w)
+    return torch.stack([x_T.float(), *(next(steps).x["source"] for _ in track(range(len(schedule)), "resimulation"))])
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Direct inversion, Algorithm 3: the inverted states themselves, whose reconstruction error is zero."""
+
+    name: ClassVar[str] = "direct"
+    inverse_guidance: float = 1.0
+    """w while inverting; away from 1 it costs a second row a step."""
+    prompt: Literal["source", "empty"] = "source"
+    """The prompt that the picture is inverted under."""
+
+    def invert(
+        self,
+        model: StableDiffusion,
+        x0: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        schedule: Schedule,
+        *,
+        track: Track = silent,
+    ) -> Inversion:
+        """The record of pictures x0 (B, C, h, w) with source and empty embeddings text, empty (B, n, d)."""
+        if self.prompt not in ("source", "empty"):
+            raise InputError(f"inversion.prompt={self.prompt!r}: must be 'source' or 'empty'")
+        under = text if self.prompt == "source" else empty
+        return Inversion(invert(model, x0, under, schedule, w=self.inverse_guidance, null=empty, track=track))
+
+
+@dataclass(frozen=True)
+class Ddim(Direct):
+    """Plain DDIM inversion: the source is the guided resimulation from x_T, with the drift that the others cure."""
+
+    name: ClassVar[str] = "ddim"
+    guidance: float = 7.5
+    """w of the resimulation; the edit should use the same."""
+
+    def invert(
+        self,
+        model: StableDiffusion,
+        x0: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        schedule: Schedule,
+        *,
+        track: Track = silent,
+    ) -> Inversion:
+        """The record; see `Direct.invert`."""
+        x_T = super().invert(model, x0, text, empty, schedule, track=track).states[0]
+        return Inversion(retrace(model, x_T, text, empty, schedule, w=self.guidance, track=track))
