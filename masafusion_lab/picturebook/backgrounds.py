@@ -57,11 +57,15 @@ class Brush:
         path.addPoly([skia.Point(*p) for p in points], False)
         self.canvas.drawPath(path, self.paint(colour, alpha, width))
 
-    def hill(self, points: list[tuple[float, float]], colour: RGB, alpha: float = 1.0) -> None:
-        """Everything below a line through the points."""
+    def polygon(self, points: list[tuple[float, float]], colour: RGB) -> None:
+        """A filled polygon."""
         path = skia.Path()
-        path.addPoly([skia.Point(*p) for p in [*points, (1.1, 1.1), (-0.1, 1.1)]], True)
-        self.canvas.drawPath(path, self.paint(colour, alpha))
+        path.addPoly([skia.Point(*p) for p in points], True)
+        self.canvas.drawPath(path, self.paint(colour))
+
+    def hill(self, points: list[tuple[float, float]], colour: RGB) -> None:
+        """Everything below a line through the points."""
+        self.polygon([*points, (1.1, 1.1), (-0.1, 1.1)], colour)
 
 
 def ridge(y: float, height: float, waves: float, phase: float, n: int = 32) -> list[tuple[float, float]]:
@@ -113,11 +117,7 @@ def _snow(b: Brush, d: Dice, h: float) -> None:
         x, s = (k + d.u(0.1, 0.9)) / 7, d.u(0.09, 0.17)
         for dy, w in ((0.0, 0.36), (0.35, 0.27)):
             top = h + 0.02 - s * (1 if dy else 0.75)
-            path = skia.Path()
-            path.addPoly(
-                [skia.Point(x, top), skia.Point(x + w * s, top + 0.7 * s), skia.Point(x - w * s, top + 0.7 * s)], True
-            )
-            b.canvas.drawPath(path, b.paint((112, 146, 160)))
+            b.polygon([(x, top), (x + w * s, top + 0.7 * s), (x - w * s, top + 0.7 * s)], (112, 146, 160))
     b.hill(ridge(h + 0.02, 0.02, d.u(0.8, 1.4), d.u()), (230, 238, 246))
     b.hill(ridge(h + 0.19, 0.024, d.u(0.6, 1.1), d.u()), (214, 225, 240))
     for _ in range(7):
@@ -198,6 +198,11 @@ _MARKS: dict[str, Callable[[Brush, Dice, float], None]] = {
 }  # fmt: skip
 
 
+def marks(brush: Brush, scene: Scene) -> None:
+    """The background's hills, trees, waves and specks, with any brush."""
+    _MARKS[scene.background](brush, Dice("texture", scene.background, scene.seed), scene.horizon)
+
+
 def background(scene: Scene, size: int) -> np.ndarray:
     """The scene without its things: uint8 (size, size, 4), BGRA."""
     above, far, near, front = (np.array(lit(c, scene.light)) for c in PALETTE[scene.background])
@@ -207,7 +212,7 @@ def background(scene: Scene, size: int) -> np.ndarray:
     pixels = np.full((size, size, 4), 255, np.uint8)
     pixels[:, :, 2::-1] = np.rint(np.where(y < scene.horizon, sky, ground)).astype(np.uint8)[:, None]
     brush = Brush(pixels, scene.light)
-    _MARKS[scene.background](brush, Dice("texture", scene.background, scene.seed), scene.horizon)
+    marks(brush, scene)
     grain = Dice("light", scene.seed)
     x, r = (0.25 + grain.u(-0.1, 0.1)), 0.9  # one soft pool of light from the upper left
     for k in range(3):

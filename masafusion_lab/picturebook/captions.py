@@ -13,8 +13,8 @@ PLACE = {"meadow": "on a meadow", "beach": "on a beach", "snow": "in the snow", 
          "forest": "in a forest", "city": "in a city at night"}  # fmt: skip
 OVER = {"meadow": "over a meadow", "beach": "over a beach", "snow": "over the snow", "desert": "over a desert",
         "forest": "over a forest", "city": "over a city at night"}  # fmt: skip
-VERB = {"standing": "stand", "running": "run", "sitting": "sit", "lying": "lie down", "jumping": "jump", "perched": "perch",
-        "flying": "fly"}  # fmt: skip
+VERB = {"standing": "stand", "running": "run", "sitting": "sit", "lying": "lie down", "jumping": "jump",
+        "perched": "perch", "flying": "fly"}  # fmt: skip
 VOCABULARY: tuple[str, ...] = (
     *KINDS, *COLOURS, *PATTERNS, *ALL_POSES[1:], *BACKGROUNDS, *(verb.split()[0] for verb in VERB.values()),
     "a", "an", "the", "and", "on", "in", "at", "over", "next", "to", "left", "right", "middle", "night", "of", "with",

@@ -196,8 +196,11 @@ def scene(split: str, index: int, *, things: int | None = None, unseen: bool | N
     if things not in (None, 1, 2, 3):
         raise InputError(f"things: {things} is not 1, 2 or 3")
     d = dice(split, index, f"scene {things} {unseen}")
-    if split != "test":
-        unseen = False
+    return sample(d, things=things, unseen=unseen if split == "test" else False)
+
+
+def sample(d: Dice, *, things: int | None = None, unseen: bool | None = None) -> Scene:
+    """The scene that the dice give; options as of `scene`."""
     while True:
         u = d.u()
         n = things or (1 if u < 0.5 else 2 if u < 0.85 else 3)
