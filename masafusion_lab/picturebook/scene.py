@@ -33,6 +33,7 @@ HELD_BACK = frozenset(
 )  # 1 in 11; every pair of kind, colour and background is still seen in training
 SIZES = {1: (0.45, 0.66), 2: (0.36, 0.48), 3: (0.32, 0.39)}
 GROUND = (0.74, 0.93)  # where feet may stand
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as parts of the side
 T = TypeVar("T")
 
 
@@ -69,11 +70,9 @@ class Thing:
         return self.kind == "balloon" or self.pose == "flying"
 
     @property
-    def box(self) -> tuple[float, float, float, float]:
+    def box(self) -> Box:
         """Left, top, right, bottom as parts of the picture's side, without the tilt."""
-        left, top, right, bottom = shape(self.kind, self.pose).box
-        w, h = (right - left) * self.size / 100, (bottom - top) * self.size / 100
-        return self.x - w / 2, self.y - h, self.x + w / 2, self.y
+        return extent(self.kind, self.pose, self.size, self.x, self.y)
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,23 @@ def check(scene: Scene) -> None:
                 raise InputError(f"{t.kind}: it hides the {other.kind}; move one of them or make it smaller")
 
 
+def extent(kind: str, pose: str, size: float, x: float, y: float) -> Box:
+    """The box of a thing of this shape, size and place."""
+    left, top, right, bottom = shape(kind, pose).box
+    w, h = (right - left) * size / 100, (bottom - top) * size / 100
+    return x - w / 2, y - h, x + w / 2, y
+
+
+def shared(a: Box, b: Box) -> float:
+    """The part of the smaller box that both boxes share."""
+    (l0, t0, r0, b0), (l1, t1, r1, b1) = a, b
+    both = max(0.0, min(r0, r1) - max(l0, l1)) * max(0.0, min(b0, b1) - max(t0, t1))
+    return both / min((r0 - l0) * (b0 - t0), (r1 - l1) * (b1 - t1))
+
+
 def overlap(a: Thing, b: Thing) -> float:
-    """The part of the smaller one's box that both boxes share."""
-    (l0, t0, r0, b0), (l1, t1, r1, b1) = a.box, b.box
-    shared = max(0.0, min(r0, r1) - max(l0, l1)) * max(0.0, min(b0, b1) - max(t0, t1))
-    return shared / min((r0 - l0) * (b0 - t0), (r1 - l1) * (b1 - t1))
+    """The part of the smaller thing's box that both boxes share."""
+    return shared(a.box, b.box)
 
 
 def thing(d: Dice, kind: str, colour: str, *, size: float, pattern: str | None = None) -> Thing:
@@ -157,31 +168,34 @@ def thing(d: Dice, kind: str, colour: str, *, size: float, pattern: str | None =
                  hue=d.u(-5, 5), value=d.u(-0.05, 0.05), phase=d.u())  # fmt: skip
 
 
+def _limit(t: Thing, size: float) -> float:
+    """The size, kept to 0.92 of the picture's width and 0.8 of its height."""
+    left, top, right, bottom = extent(t.kind, t.pose, size, t.x, t.y)
+    return size * min(1.0, 0.92 / (right - left), 0.80 / (bottom - top))
+
+
 def fitted(t: Thing, **changes: Any) -> Thing:
-    """The thing with its size kept to 0.92 of the picture's width and 0.8 of its height."""
+    """The thing with these changes and its size kept to 0.92 of the picture's width and 0.8 of its height."""
     t = replace(t, **changes)
-    left, top, right, bottom = t.box
-    shrink = min(1.0, 0.92 / (right - left), 0.80 / (bottom - top))
-    return replace(t, size=t.size * shrink)
+    return replace(t, size=_limit(t, t.size))
 
 
 def placed(d: Dice, things: Sequence[Thing]) -> tuple[Thing, ...]:
     """The things at sampled places: feet on the ground, wings in the sky, apart; empty where no place was found."""
     for attempt in range(400):
-        shrink, out = 1 - 0.15 * max(0, attempt - 100) / 300, []
+        shrink = 1 - 0.15 * max(0, attempt - 100) / 300
+        at, boxes = [], list[Box]()
         for t in things:
-            t = fitted(t, size=t.size * shrink)
-            left, top, right, bottom = t.box
+            size = _limit(t, t.size * shrink)
+            left, top, right, bottom = extent(t.kind, t.pose, size, t.x, t.y)
             w, h = right - left, bottom - top
             x = d.u(w / 2 + 0.03, 0.97 - w / 2)
-            y = (
-                d.u(h + 0.04, max(h + 0.05, 0.68))
-                if t.airborne
-                else d.u(max(GROUND[0], h + 0.03), max(GROUND[1], h + 0.04))
-            )
-            out.append(replace(t, x=x, y=y))
-        if all(overlap(a, b) < 0.04 for k, a in enumerate(out) for b in out[:k]):
-            return tuple(out)
+            sky, ground = (h + 0.04, max(h + 0.05, 0.68)), (max(GROUND[0], h + 0.03), max(GROUND[1], h + 0.04))
+            y = d.u(*(sky if t.airborne else ground))
+            at.append((size, x, y))
+            boxes.append(extent(t.kind, t.pose, size, x, y))
+        if all(shared(a, b) < 0.04 for k, a in enumerate(boxes) for b in boxes[:k]):
+            return tuple(replace(t, size=size, x=x, y=y) for t, (size, x, y) in zip(things, at, strict=True))
     return ()
 
 
