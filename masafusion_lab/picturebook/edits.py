@@ -12,7 +12,7 @@ from masafusion_lab import InputError
 from masafusion_lab.picturebook import sketch as hints
 from masafusion_lab.picturebook.captions import caption
 from masafusion_lab.picturebook.changes import EDITS, change
-from masafusion_lab.picturebook.draw import draw
+from masafusion_lab.picturebook.draw import coverage, draw
 from masafusion_lab.picturebook.scene import Dice, Scene, Thing, dice, fitted, sample
 
 __all__ = ["ATTRIBUTE", "EDITS", "Example", "edit", "session"]
@@ -73,12 +73,15 @@ class Example:
 
     @cached_property
     def loose(self) -> np.ndarray:
-        """The region as a person would paint it, bool (size, size): the exact one and a margin, without holes."""
-        pad = max(1, round(self.size * (0.015 if self.kind == "background" else 0.04)))
+        """The region as a person would paint it, bool (size, size): the exact one and a margin, closed."""
+        inside, margin = self.exact, 0.04
+        if self.kind == "background":
+            things = [coverage(self.source, k, self.size) for k in range(len(self.source.things))]
+            inside, margin = inside | (np.max(things, axis=0) == 0), 0.015
+        pad = max(1, round(self.size * margin))
         disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * pad + 1, 2 * pad + 1))
-        return cv2.dilate(cv2.morphologyEx(np.pad(self.exact.astype(np.uint8), pad), cv2.MORPH_CLOSE, disc), disc)[
-            pad:-pad, pad:-pad
-        ].astype(bool)
+        painted = cv2.morphologyEx(np.pad(inside.astype(np.uint8), pad), cv2.MORPH_CLOSE, disc)
+        return cv2.dilate(painted, disc)[pad:-pad, pad:-pad].astype(bool)
 
     @cached_property
     def boxed(self) -> np.ndarray:
