@@ -152,11 +152,14 @@ class NullTextInversion(L.LightningModule):
         i, j = batch
         facts = {"nti/step": float(i), "nti/inner": float(j)}
         if self.active.any():
-            self.log("nti/loss", self.losses[self.active].mean(), prog_bar=True, batch_size=1)
+            facts["nti/loss"] = float(self.losses[self.active].mean())
+            self.log("nti/loss", facts["nti/loss"], prog_bar=True, logger=False, batch_size=1)
         if j == self.settings.inner_steps - 1:
             facts["nti/error"] = float(self.finish(i).mean())
+            self.log("nti/error", facts["nti/error"], prog_bar=True, logger=False, batch_size=1)
             self.save()
-        self.log_dict(facts, batch_size=1)
+        for logger in self.loggers:  # not by self.log, which repeats what a step has not
+            logger.log_metrics(facts, step=i * self.settings.inner_steps + j)
         self.active &= ~self.stop
         self.check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -66,7 +67,7 @@ def undisturbed(check: Callable[[], None] = lambda: None) -> Iterator[None]:
     lightning = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in lightning]
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, cublas = torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     main = threading.current_thread() is threading.main_thread()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
@@ -87,5 +88,7 @@ def undisturbed(check: Callable[[], None] = lambda: None) -> Iterator[None]:
             logger.setLevel(level)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.backends.cudnn.benchmark = benchmark
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": cublas} if cublas is not None else {}
         for s, handler in handlers.items():
             signal.signal(s, handler)
