@@ -1,1 +1,1 @@
-"""Training of the picture-book model, a module a part."""
+"""Training of the picture-book model, one Lightning module a part: `python -m experiments.picturebook.all`."""

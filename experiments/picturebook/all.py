@@ -1,0 +1,21 @@
+"""The whole recipe, part after part, each resumed where it was: `python -m experiments.picturebook.all [root=FOLDER]`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PARTS = (
+    ("autoencoder",), ("clip",), ("unet",), ("adapter", "kind=sketch"), ("judge",), ("sketcher",),
+    ("adapter", "kind=canny"), ("adapter", "kind=pose"), ("dino",), ("export",),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Train and export everything; what is already trained is passed over in seconds."""
+    for name, *words in PARTS:
+        subprocess.run([sys.executable, "-m", f"experiments.picturebook.{name}", *words, *sys.argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

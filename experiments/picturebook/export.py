@@ -1,0 +1,59 @@
+"""Write what is trained so far as the diffusers folder that ships: `python -m experiments.picturebook.export [out=...]`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+from experiments.picturebook import adapter, autoencoder, clip, unet
+from experiments.picturebook.training import Settings, last, settings
+
+log = logging.getLogger(__name__)
+LIMIT = 45 * 2**20
+
+
+@dataclass
+class Export(Settings):
+    """out: the folder, replaced part by part."""
+
+    out: str = "masafusion_lab/picturebook/model"
+
+
+def export(s: Export) -> Path:
+    """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder. A part not trained yet is left out."""
+    out, towers = Path(s.out), clip.trained(s)
+    text = CLIPTextModel(towers.config.text_config)
+    text.load_state_dict(towers.text_model.state_dict())
+    StableDiffusionPipeline(
+        vae=autoencoder.trained(s), text_encoder=text, tokenizer=clip.words(s), unet=unet.trained(s),
+        scheduler=DDIMScheduler(**unet.SCHEDULER), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    ).to("cpu").half().save_pretrained(out)  # fmt: skip
+    towers.half().save_pretrained(out / "clip")
+    clip.words(s).save_pretrained(out / "clip")
+    for kind in adapter.CHANNELS:
+        if last(s, f"adapter_{kind}").exists():
+            adapter.trained(s, kind).half().save_pretrained(out / f"t2iadapter_{kind}")
+    for name in ("judge", "dino"):
+        if (made := Path(s.root) / name / "model").is_dir():
+            shutil.copytree(made, out / name, dirs_exist_ok=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    log.info("%s: %.1f MB", out, size / 2**20)
+    if size > LIMIT:
+        raise ValueError(f"{out}: {size / 2**20:.1f} MB, the limit is {LIMIT / 2**20:.0f}")
+    return out
+
+
+def main(words: list[str] | None = None) -> None:
+    """Write it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    export(settings(Export, words))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What all parts share: settings from key=value words, the learning rate over time, one resumable `fit`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import OmegaConf
+from torch import nn
+
+from experiments.picturebook.data import SIZE, Album, Batches
+
+log = logging.getLogger(__name__)
+S = TypeVar("S", bound="Settings")
+
+
+@dataclass
+class Settings:
+    """What every part can be told; `steps` is the total, so that a larger one continues a finished training."""
+
+    root: str = "checkpoints/picturebook"
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 100
+    cooldown: float = 0.3  # the last part of the steps, over which the rate falls to 2 %
+    decay: float = 0.995  # of the running average of the weights
+    epoch: int = 50  # steps from checkpoint to checkpoint
+    seed: int = 0
+    pictures: int = 50_000
+    threads: int = 0  # 0: as many as there are cores
+
+    def album(self, kind: str = "picture", size: int = SIZE) -> Album:
+        """The drawn pictures to train on, or their sketches, canny or pose maps."""
+        return Album(Path(self.root) / "data", "train", self.pictures, size, kind)
+
+
+def settings(kind: type[S], words: list[str] | None = None) -> S:
+    """The settings that key=value words give; an unknown key raises, naming the key."""
+    return OmegaConf.to_object(  # type: ignore[return-value]
+        OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(sys.argv[1:] if words is None else words))
+    )
+
+
+class Part(L.LightningModule):
+    """A part in training: a loss over its own batches, AdamW, warm-up, a plateau and a cosine cool-down."""
+
+    def __init__(self, s: Settings) -> None:
+        super().__init__()
+        self.s = s
+
+    def batch(self, g: Any) -> Any:
+        """One batch from its generator; each part says how."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> Any:
+        """The batches of this epoch, numbered by the step that they are for, wherever a fit was resumed."""
+        start = self.trainer.global_step
+        data = Batches(self.batch, self.s.seed, start, min(self.s.epoch, max(1, self.s.steps - start)))
+        return torch.utils.data.DataLoader(data, batch_size=None)
+
+    def rate(self, step: int) -> float:
+        """The factor of the learning rate at a step."""
+        left = (self.s.steps - step) / max(1.0, self.s.cooldown * self.s.steps)
+        fall = 1.0 if left >= 1 else 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
+        return min(1.0, (step + 1) / self.s.warmup) * fall
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on all that is trained; no decay of norms and biases."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
+                  {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+        optimizer = torch.optim.AdamW(groups, lr=self.s.lr, betas=(0.9, 0.99), foreach=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Progress(Callback):
+    """After each epoch one line (step, seconds a step, the logged means), and the checkpoint `path`, whole or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.began = path, 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Start the clock."""
+        self.began, self.first = time.monotonic(), trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write both; a resumed fit first ends the epoch that it was saved at."""
+        if not self.began:
+            return
+        a_step = (time.monotonic() - self.began) / max(1, trainer.global_step - self.first)
+        means = " ".join(f"{k} {float(v):.4f}" for k, v in trainer.callback_metrics.items())
+        log.info("step %d, %.2f s a step: %s", trainer.global_step, a_step, means)
+        part = self.path.with_suffix(".part")
+        trainer.save_checkpoint(part)
+        part.replace(self.path)
+
+
+def last(s: Settings, name: str) -> Path:
+    """The last checkpoint of a part."""
+    return Path(s.root) / name / "last.ckpt"
+
+
+def fit(part: type[Part], s: Settings, name: str) -> Path:
+    """Train a part to its `steps`, from its last checkpoint if there is one; returns the checkpoint."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(s.threads or os.cpu_count() or 1)
+    path = last(s, name)
+    L.seed_everything(s.seed, verbose=False)
+    module = part(s)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainer = L.Trainer(
+        accelerator="auto", devices=1, precision="bf16-mixed", max_steps=s.steps, max_epochs=-1,
+        reload_dataloaders_every_n_epochs=1, gradient_clip_val=1.0, num_sanity_val_steps=0,
+        callbacks=[EMAWeightAveraging(decay=s.decay), Progress(path)], enable_checkpointing=False,
+        logger=CSVLogger(path.parent, name="log", version=""), log_every_n_steps=s.epoch,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    torch.manual_seed(s.seed + (torch.load(path, weights_only=False)["global_step"] if path.exists() else 0))
+    trainer.fit(module, ckpt_path=path if path.exists() else None, weights_only=False)
+    return path
+
+
+def weights(s: Settings, name: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The averaged weights of a part's sub-module `prefix`, float32, from its last checkpoint."""
+    path = last(s, name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: train this part first, python -m experiments.picturebook.{name}")
+    state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+    return {k.removeprefix(f"{prefix}."): v.float() for k, v in state.items() if k.startswith(f"{prefix}.")}
+
+
+def frozen(module: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    """The module with these weights, for use only."""
+    module.load_state_dict(state)
+    return module.requires_grad_(False).eval()
