@@ -1,28 +1,38 @@
-"""The only door to diffusers and transformers: a latent diffusion model of the Stable Diffusion family, SD 1.x or 2.x."""
+"""The only door to diffusers and transformers: a latent diffusion model, SD 1.x or 2.x."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from masafusion_lab import InputError
+from masafusion_lab import InputError, words
 from masafusion_lab.attention import Site, Step, install
+from masafusion_lab.loading import choose_device, choose_dtype, read
 from masafusion_lab.schedule import Schedule
 
-PICTUREBOOK = Path(__file__).parent / "picturebook" / "model"
+log = logging.getLogger(__name__)
+
+IGNORED = "_|dtype$|torch_dtype$|transformers_version$"
+"""Entries of a configuration that say how it was saved, not what it is."""
 
 
 @dataclass
 class StableDiffusion:
-    """UNet, autoencoder, text encoder and adapters of one model folder, with their conventions of pixels and text."""
+    """UNet, autoencoder, text encoder and adapters of one model, with their conventions of pixels and text.
+
+    `offload`: every part stays in main memory but while it is used. One thread at a time.
+    """
 
     unet: Any
     vae: Any
@@ -30,12 +40,16 @@ class StableDiffusion:
     tokenizer: Any
     config: Mapping[str, Any]
     adapters: dict[str, Any] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    offload: bool = False
 
     def __post_init__(self) -> None:
-        """Freeze every part, and install the attention processor."""
+        """Freeze every part, put it where it belongs, and install the attention processor."""
         self.sites: tuple[Site, ...] = install(self.unet)
         for part in (self.unet, self.vae, self.text_encoder, *self.adapters.values()):
-            part.requires_grad_(False).eval()
+            part.requires_grad_(False).eval().to("cpu" if self.offload else self.device)
+        self._used: Any = None
+        self._digests: dict[str, str] = {}
 
     @classmethod
     def load(
@@ -45,35 +59,30 @@ class StableDiffusion:
         adapter: Mapping[str, str] | None = None,
         dtype: str = "float32",
         device: str = "cpu",
+        offload: str = "none",
+        tiling: bool = False,
+        compile: bool = False,
     ) -> StableDiffusion:
-        """Load a diffusers folder or hub id, with the adapters that lie in it or are given as kind -> folder or id."""
-        from diffusers import AutoencoderKL, AutoencoderTiny, T2IAdapter, UNet2DConditionModel
-        from transformers import CLIPTextModel, CLIPTokenizer
+        """Load a diffusers folder or hub id, with the adapters that lie in it or are given as kind -> folder or id.
 
-        root = PICTUREBOOK if path == "picturebook" else Path(path)
-        torch_dtype = getattr(torch, dtype)
-        options: dict[str, Any] = {"torch_dtype": torch_dtype, "use_safetensors": True}
-        vae_class = json.loads((root / "vae" / "config.json").read_text())["_class_name"]
-        vae = (AutoencoderTiny if vae_class == "AutoencoderTiny" else AutoencoderKL).from_pretrained(
-            root, subfolder="vae", **options
-        )
-        adapters = {
-            folder.name.removeprefix("t2iadapter_"): T2IAdapter.from_pretrained(folder, **options).to(device)
-            for folder in sorted(root.glob("t2iadapter_*"))
-        }
-        return cls(
-            unet=UNet2DConditionModel.from_pretrained(root, subfolder="unet", **options).to(device),
-            vae=vae.to(device),
-            text_encoder=CLIPTextModel.from_pretrained(root, subfolder="text_encoder", dtype=torch_dtype).to(device),
-            tokenizer=CLIPTokenizer.from_pretrained(root, subfolder="tokenizer"),
-            config=json.loads((root / "scheduler" / "scheduler_config.json").read_text()),
-            adapters=adapters,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet lives."""
-        return self.unet.device
+        `dtype` and `device` may be "auto": float16 on CUDA, else float32. `offload="model"` keeps every part in main
+        memory but while it is used; `tiling` decodes large pictures by tiles, and one at a time; `compile` compiles the
+        UNet's convolution and feed-forward blocks. Raises InputError for whatever is not a whole SD 1.x / 2.x model.
+        """
+        place = choose_device(device)
+        if offload not in ("none", "model"):
+            raise InputError(f"model.offload={offload}: must be none or model")
+        if offload == "model" and place.type == "cpu":
+            log.warning("model.offload=model is of use with a GPU only: ignored, the model runs on the CPU")
+            offload = "none"
+        parts = read(path, adapter or {}, choose_dtype(dtype, place))
+        model = cls(**parts, device=place, offload=offload == "model")
+        if tiling:
+            model.vae.enable_tiling()
+            model.vae.enable_slicing()
+        if compile:
+            compile_blocks(model.unet)
+        return model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,17 +92,27 @@ class StableDiffusion:
     @cached_property
     def factor(self) -> int:
         """Pixels along a side of a latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        config = self.vae.config
+        return 2 ** (len(getattr(config, "encoder_block_out_channels", config.block_out_channels)) - 1)
 
     @cached_property
     def multiple(self) -> int:
-        """Both sides of a picture must divide by this."""
-        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        """Both sides of a picture must divide by this: a latent cell, with adapters one of the deepest level."""
+        return self.factor * 2 ** (len(self.unet.config.block_out_channels) - 1 if self.adapters else 0)
 
     @cached_property
     def native(self) -> int:
         """The side, in pixels, of the pictures it was trained on."""
-        return self.unet.config.sample_size * self.factor
+        size = self.unet.config.sample_size
+        return self.factor * (max(size) if isinstance(size, Sequence) else size)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise InputError, with the nearest sizes, for pixels that this model cannot take."""
+        m = self.multiple
+        if height % m or width % m or min(height, width) < m:
+            sizes = [{max(side // m * m, m), -(-side // m) * m} for side in (width, height)]
+            near = " or ".join(f"{w}x{h}" for w, h in itertools.product(*map(sorted, sizes)))
+            raise InputError(f"{width}x{height}: both sides must be multiples of {m} for this model; take {near}")
 
     def schedule(self, steps: int = 50) -> Schedule:
         """The model's noise schedule in `steps` DDIM steps."""
@@ -102,36 +121,56 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents x_0 (B, C, h, w), float32, of pixels (B, 3, H, W) in [0, 1]: the posterior's mean, scaled."""
-        out = self.vae.encode((2 * pixels - 1).to(self.device, self.vae.dtype))
+        self.check_size(*pixels.shape[-2:])
+        vae = self._use(self.vae)
+        out = vae.encode((2 * pixels - 1).to(self.device, vae.dtype))
         mean = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
-        return (mean * self.vae.config.scaling_factor).float()
+        return self._finite((mean * vae.config.scaling_factor).float(), "latents")
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1], float32, of latents x_0."""
-        x = (x0 / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        return (self.vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1)
+        """Pixels (B, 3, H, W) in [0, 1], float32, of latents x_0. Raises ArithmeticError for one that is not finite."""
+        vae = self._use(self.vae)
+        x = (x0 / vae.config.scaling_factor).to(self.device, vae.dtype)
+        return self._finite((vae.decode(x).sample.float() / 2 + 0.5).clamp(0, 1), "pixels")
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, n, d), float32, padded or cut to the encoder's length n."""
+        """Text embeddings (B, n, d), float32, padded or cut to the encoder's length n.
+
+        Raises InputError for a word that a whole-word tokenizer does not know.
+        """
+        for prompt in prompts if self.tokenizer.init_kwargs.get("whole_words") else ():
+            if strange := words.unknown(self.tokenizer, prompt):
+                said = "; ".join(f"{word!r} (near: {', '.join(near) or 'none'})" for word, near in strange.items())
+                raise InputError(f"{prompt!r}: this model does not know {said}; take words that it knows")
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
+        return self._use(self.text_encoder)(ids.to(self.device)).last_hidden_state.float()
 
     @cached_property
     def length(self) -> int:
         """Tokens of a prompt, with start, end and padding."""
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
+    def cut(self, text: str) -> str:
+        """The end of a prompt that the encoder does not read, in whole words; "" if it reads all."""
+        return words.cut(self.tokenizer, text, self.length - 2)
+
     @torch.no_grad()
     def hint(self, kind: str, picture: Tensor) -> tuple[Tensor, ...]:
-        """The adapter's features, float32, one (B, c, h, w) a level, of a hint picture (B, 1 or 3, H, W) in [0, 1]."""
+        """The adapter's features, float32, one (B, c, h, w) a level, of a hint picture (B, 1 or 3, H, W) in [0, 1].
+
+        An adapter of one channel reads the picture's first; an adapter of three a grey picture thrice.
+        """
         if kind not in self.adapters:
             have = ", ".join(self.adapters) or "none"
-            raise InputError(f"this model has no {kind} adapter (it has: {have}); give adapter.{kind}=FOLDER")
-        adapter = self.adapters[kind]
+            raise InputError(f"this model has no {kind} adapter (it has: {have}); give model.adapter.{kind}=FOLDER")
+        self.check_size(*picture.shape[-2:])
+        adapter = self._use(self.adapters[kind])
+        channels = adapter.config.in_channels
+        picture = picture[:, :1].expand(-1, channels, -1, -1) if picture.shape[1] != channels else picture
         return tuple(f.float() for f in adapter(picture.to(self.device, adapter.dtype)))
 
     def eps(
@@ -145,11 +184,11 @@ class StableDiffusion:
         step: Step | None = None,
         level: int | None = None,
     ) -> Tensor:
-        """The noise eps (R, C, h, w), float32, that the UNet sees at step i in latents x (R, C, h, w) under text (R, n, d).
+        """The noise eps (R, C, h, w), float32, that the UNet sees at step i in latents x under text (R, n, d).
 
         `level` is the state that x is at, if not i: DDIM inversion asks at timestep i about state i + 1.
         """
-        out = self.unet(
+        out = self._use(self.unet)(
             x.to(self.dtype),
             schedule.timesteps[i],
             text.to(self.dtype),
@@ -159,11 +198,59 @@ class StableDiffusion:
         return schedule.eps(x, out, i if level is None else level)
 
     def digest(self, parts: Sequence[str] = ("unet", "vae", "text_encoder")) -> str:
-        """sha256 of the weights of the named parts, adapters by kind."""
-        sha = hashlib.sha256()
+        """sha256 of the named parts (adapters by kind): weights, configuration, and the text encoder's words.
+
+        Of what can change a result: not of the libraries' versions, nor of the precision that the files were saved in.
+        """
         for part in parts:
-            module = self.adapters[part] if part in self.adapters else getattr(self, part)
-            for name, value in module.state_dict().items():
-                sha.update(name.encode())
-                sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+            if part not in self._digests:
+                module = self.adapters[part] if part in self.adapters else getattr(self, part)
+                config = module.config if isinstance(module.config, Mapping) else module.config.to_diff_dict()
+                facts: list[Any] = [{k: v for k, v in config.items() if not re.match(IGNORED, k)}, sha256(module)]
+                if part == "text_encoder":
+                    facts += [self.tokenizer.get_vocab(), self.length, self.tokenizer.pad_token_id]
+                self._digests[part] = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
+
+    def _use(self, part: Any) -> Any:
+        """The part, on the device; with offload, the part that was used before goes back to main memory."""
+        if self.offload and self._used is not part:
+            if self._used is not None:
+                self._used.to("cpu")
+            self._used = part.to(self.device)
+        return part
+
+    def _finite(self, x: Tensor, what: str) -> Tensor:
+        if not x.isfinite().all():
+            raise ArithmeticError(
+                f"the autoencoder's {what} are not finite in {self.vae.dtype}; take model.dtype=float32"
+            )
+        return x
+
+
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """Compile residual and feed-forward blocks in place: all but attention, whose routes change with the step.
+
+    Raises the process's limit of recompilations, which would end in uncompiled blocks without a word.
+    """
+    from diffusers.models.attention import FeedForward
+    from diffusers.models.resnet import ResnetBlock2D
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # a width is a recompilation
+    for module in unet.modules():
+        if isinstance(module, FeedForward | ResnetBlock2D):
+            module.compile()
+
+
+def sha256(module: torch.nn.Module) -> str:
+    """The sha256 of a module's tensors, by name, type, shape and bytes."""
+
+    def one(item: tuple[str, Tensor]) -> bytes:
+        name, value = item
+        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return hashlib.sha256(
+            f"{name} {value.dtype} {tuple(value.shape)}".encode() + hashlib.sha256(data).digest()
+        ).digest()
+
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        return hashlib.sha256(b"".join(pool.map(one, sorted(module.state_dict().items())))).hexdigest()
