@@ -1,0 +1,233 @@
+"""Cases from a folder of pictures, or from a manifest of them that nobody needs to trust."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from masafusion_lab import InputError
+from masafusion_lab.data.case import Box, Case
+
+TEXTS = ("id", "source", "target", "instruction")
+HINTS = ("sketch", "canny", "pose")
+COLUMNS = (*TEXTS, "image", "mask", "box", *HINTS, "truth")
+"""Of a manifest; only `image` must be there. `box` is left,top,right,bottom in place of a mask; the rest are files."""
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+"""Of the files in a folder that are taken for pictures."""
+
+LARGEST = 16_000_000
+"""Bytes of a manifest."""
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where it is ("line 3"), and its values by column."""
+
+
+class _Bad(ValueError):
+    """A manifest that cannot be read on from this line."""
+
+    def __init__(self, line: int, why: str) -> None:
+        super().__init__(f"line {line}: {why}")
+
+
+def read_cases(path: Path) -> list[Case]:
+    """The cases of a folder (each picture one, without prompts) or of a manifest .csv, .jsonl, .yaml, in their order.
+
+    Files are relative to the manifest, and outside its folder nothing is read, not through links either. Text is taken
+    as it stands: no types, no references. An id not given is the picture's name without suffix. Raises InputError with
+    all problems, one a line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        rows, problems = _pictures(path), list[str]()
+    else:
+        rows, problems = _manifest(path)
+    root = (path if path.is_dir() else path.parent).resolve()
+    cases: dict[str, Case] = {}
+    first: dict[str, str] = {}
+    for where, row in rows:
+        wrong: list[str] = []
+        case = _case(row, root, wrong)
+        if case is not None and case.id in first:
+            wrong.append(f"id {case.id!r} is that of {first[case.id]}; give each case its own")
+        elif case is not None:
+            cases[case.id], first[case.id] = case, where
+        problems += [f"{where}: {why}" for why in wrong]
+    if problems:
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise InputError("\n  ".join([f"{path}: cannot be used:", *problems[:20], *more]))
+    if not cases:
+        raise InputError(f"{path}: holds no cases; columns are {', '.join(COLUMNS)}")
+    return list(cases.values())
+
+
+def _pictures(folder: Path) -> list[Row]:
+    """A row for each picture; those that differ in their suffixes alone are told apart by them."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not names:
+        raise InputError(f"{folder}: holds no pictures; give a folder with some ({', '.join(SUFFIXES)})")
+    stems = Counter(Path(name).stem for name in names)
+    return [(n, {"image": n, "id": n if stems[Path(n).stem] > 1 else Path(n).stem}) for n in names]
+
+
+def _manifest(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a manifest as far as it can be read, and what keeps it from being read on."""
+    readers = {".csv": _csv, ".jsonl": _jsonl, ".yaml": _yaml, ".yml": _yaml}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: is neither a folder nor a manifest ({', '.join(readers)})")
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: is larger than {LARGEST // 1_000_000} MB; split it")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line}: is not UTF-8; save it as such") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a folder of pictures or a manifest") from None
+    rows: list[Row] = []
+    try:
+        rows.extend(readers[path.suffix.lower()](text))
+    except _Bad as error:
+        return rows, [str(error)]
+    return rows, []
+
+
+def _csv(text: str) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if len(set(header)) < len(header):
+            raise _Bad(1, f"columns twice: {', '.join(sorted({name for name in header if header.count(name) > 1}))}")
+        line = reader.line_num + 1
+        for cells in reader:
+            if len(cells) > len(header):
+                raise _Bad(line, f"{len(cells)} cells under {len(header)} columns; put text with commas in quotes")
+            if cells:
+                yield f"line {line}", dict(zip(header, cells, strict=False))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise _Bad(line, f"is not CSV ({error})") from None
+
+
+def _jsonl(text: str) -> Iterator[Row]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key twice")
+        return dict(pairs)
+
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=once)
+            except (ValueError, RecursionError) as error:
+                raise _Bad(number, f"is not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise _Bad(number, "is not a JSON object")
+            yield f"line {number}", row
+
+
+def _yaml(text: str) -> Iterator[Row]:
+    """A list of mappings of scalars, each as it is written; what could run, refer or nest is refused unread."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise _Bad(line, "has a tag, an anchor or an alias; put text that begins with ! & * in quotes")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 3:
+                raise _Bad(line, f"is nested; {_SHAPE}")
+        node = yaml.compose(text, Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _Bad(mark.line + 1 if mark else 1, f"is not YAML ({error.problem}); put text in quotes") from None
+    except yaml.YAMLError as error:
+        raise _Bad(1, f"is not YAML ({' '.join(str(error).split())})") from None
+    if node is not None and not isinstance(node, yaml.SequenceNode):
+        raise _Bad(node.start_mark.line + 1, f"is no list; {_SHAPE}")
+    for item in node.value if node else ():
+        line = item.start_mark.line + 1
+        if not isinstance(item, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in item.value):
+            raise _Bad(line, f"is no mapping; {_SHAPE}")
+        keys = [key.value for key, _ in item.value]
+        if len(set(keys)) < len(keys):
+            raise _Bad(line, f"has {max(keys, key=keys.count)!r} twice")
+        yield f"line {line}", {key.value: _plain(value) for key, value in item.value}
+
+
+_SHAPE = "a manifest is a list of mappings of text (- image: …)"
+
+
+def _plain(node: yaml.Node) -> Any:
+    """The text of a scalar, the texts of a list of them."""
+    return [child.value for child in node.value] if isinstance(node, yaml.SequenceNode) else node.value
+
+
+def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
+    """The case of a row, or None; what is wrong with it is added to the list."""
+    before = len(wrong)
+    for column in row:
+        if column not in COLUMNS:
+            near = difflib.get_close_matches(str(column), COLUMNS, 1)
+            wrong.append(f"{column!r} is no column; {f'did you mean {near[0]}?' if near else ', '.join(COLUMNS)}")
+        elif column != "box" and not isinstance(row[column], str):
+            wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    files = {c: _inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
+    box = _box(row["box"], wrong) if row.get("box") else None
+    if not row.get("image"):
+        wrong.append("has no image")
+    if row.get("mask") and row.get("box"):
+        wrong.append("has a mask and a box; give one")
+    if len(wrong) > before:
+        return None
+    found = cast("dict[str, Path]", files)
+    return Case(
+        id=texts.get("id") or found["image"].relative_to(root).with_suffix("").as_posix(),
+        image=found["image"],
+        source=texts.get("source", ""),
+        target=texts.get("target", ""),
+        instruction=texts.get("instruction", ""),
+        mask=found.get("mask", box),
+        hints={kind: found[kind] for kind in HINTS if kind in found},
+        truth=found.get("truth"),
+    )
+
+
+def _inside(column: str, value: str, root: Path, wrong: list[str]) -> Path | None:
+    """The file that a manifest names, if it is there and inside the manifest's folder."""
+    try:
+        path = (root / value).resolve()
+        if not path.is_relative_to(root):
+            wrong.append(f"{column}={value!r} lies outside {root}; copy it in")
+        elif not path.is_file():
+            wrong.append(f"{column}={value!r}: no such file in {root}")
+        else:
+            return path
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, with NUL, or links in a ring
+        wrong.append(f"{column}={value[:80]!r}: is no name of a file ({error})")
+    return None
+
+
+def _box(value: Any, wrong: list[str]) -> Box | None:
+    """Four numbers, of a list or separated by commas."""
+    try:
+        sides = [float(side) for side in (value.split(",") if isinstance(value, str) else value)]
+        x0, y0, x1, y1 = sides
+        if all(map(math.isfinite, sides)) and 0 <= x0 < x1 and 0 <= y0 < y1:
+            return x0, y0, x1, y1
+    except (TypeError, ValueError):
+        pass
+    wrong.append(f"box={value!r} is not left,top,right,bottom, in pixels or in fractions of the picture")
+    return None

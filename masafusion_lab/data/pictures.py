@@ -1,0 +1,278 @@
+"""Pictures, masks and hints as people have them, made into the tensors that an edit reads."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.data.case import Box, Case, Picture
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is opened; of the others that Pillow knows, some run programs."""
+
+LARGEST = 50_000_000
+"""Pixels of a picture, beyond which it is not decoded."""
+
+LONGEST = 4
+"""Working sides are at most this many times one another."""
+
+LINES = ("sketch", "canny")
+"""Hints that are white lines on black."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case as tensors, float32, on the CPU: W x H working pixels, latent cells of `factor` pixels.
+
+    `pixels` (3, H, W) in [0, 1]; `mask` A (1, H / factor, W / factor), 1 inside, as the edit uses it; `mask_full`
+    (1, H, W), as given; `hints`: kind -> (1 or 3, H, W) in [0, 1]; `original`: width and height of the picture.
+    """
+
+    pixels: Tensor
+    mask: Tensor | None
+    mask_full: Tensor | None
+    hints: Mapping[str, Tensor]
+    original: tuple[int, int]
+
+
+def prepare(
+    case: Case,
+    *,
+    factor: int,
+    multiple: int,
+    native: int,
+    size: str | None = None,
+    dilate: int = 0,
+    soft: bool = False,
+) -> Prepared:
+    """Open a case's pictures and bring them to its working size; see `working_size`.
+
+    A latent cell belongs to A if the mask, above half grey, touches it; `dilate` adds so many rings of cells. With
+    `soft` a cell keeps the brightest grey that it holds. Raises InputError naming the picture and what is wrong.
+    """
+    if dilate < 0:
+        raise InputError(f"dilate={dilate}: is a number of latent cells, 0 or more")
+    image = open_picture(case.image)
+    width, height = working_size(*image.size, multiple=multiple, native=native, size=size)
+    full = mask = None
+    if case.mask is not None:
+        full = _region(case.mask, image, (width, height), soft)
+        mask = F.max_pool2d(full, factor)
+        if dilate:
+            mask = F.max_pool2d(mask, 2 * dilate + 1, 1, dilate)
+        _check_region(_name(case.mask), full, mask, factor)
+    return Prepared(
+        pixels=_tensor(image.resize((width, height), Image.Resampling.LANCZOS)),
+        mask=mask,
+        mask_full=full,
+        hints={kind: _hint(kind, hint, image, (width, height)) for kind, hint in case.hints.items()},
+        original=image.size,
+    )
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """The picture as RGB, upright as its EXIF data say; transparency over white, 16 bits as 8, of several frames one.
+
+    Raises InputError for what is missing, no picture, damaged, or of more than 50 million pixels.
+    """
+    image = _open(picture)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_mask(picture: Picture) -> Image.Image:
+    """The mask as L, 255 inside; what is transparent is outside. Raises as `open_picture` does."""
+    image = _open(picture)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return image.convert("L")
+
+
+def open_hint(picture: Picture, kind: str = "sketch") -> Image.Image:
+    """The hint: L, white lines on black, for a sketch or canny map; else RGB, over black where it is transparent.
+
+    Black lines on white are inverted, with a warning; a blank hint is warned of. Raises as `open_picture` does.
+    """
+    image = _open(picture)
+    if image.mode == "RGBA":
+        grey, alpha = image.convert("L"), image.getchannel("A")
+        ink = ImageStat.Stat(grey, alpha).mean[0] if alpha.getbbox() else 255
+        paper = "white" if ink < 128 and kind in LINES else "black"
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
+    image = image.convert("L" if kind in LINES else "RGB")
+    if kind in LINES and ImageStat.Stat(image).mean[0] > 127.5:
+        log.warning("%s: the %s is mostly white, so black lines on white: it is inverted", _name(picture), kind)
+        image = ImageChops.invert(image)
+    if all(low == high for low, high in ImageStat.Stat(image).extrema):
+        log.warning("%s: the %s is blank and guides nothing", _name(picture), kind)
+    return image
+
+
+def working_size(width: int, height: int, *, multiple: int, native: int, size: str | None = None) -> tuple[int, int]:
+    """Width and height to work at: the short side `native`, the aspect kept, both rounded to multiples.
+
+    `size` "512" is another short side, "768x512" both sides as they are. A side longer than four times the other is
+    shortened to that, with a warning. Raises InputError for a size that is no multiple or too large.
+    """
+    if size and (sides := re.fullmatch(r"(\d{1,6})\s*[xX×]\s*(\d{1,6})", size.strip())):
+        result = _checked(int(sides[1]), multiple, size), _checked(int(sides[2]), multiple, size)
+    else:
+        if size and not re.fullmatch(r"\d{1,6}", size.strip()):
+            raise InputError(f"size={size!r}: give the short side, such as {native}, or WIDTHxHEIGHT in pixels")
+        short = _checked(int(size), multiple, size) if size else _round(native, multiple)
+        ratio = max(width, height) / min(width, height)
+        if ratio > LONGEST:
+            log.warning("a picture of %dx%d is squeezed to %d:1; crop it to avoid that", width, height, LONGEST)
+        long = _round(short * min(ratio, LONGEST), multiple)
+        result = (long, short) if width > height else (short, long)
+    if result[0] * result[1] > LARGEST:
+        raise InputError(f"size={size!r}: {result[0]}x{result[1]} is more than {LARGEST:,} pixels; take a smaller one")
+    return result
+
+
+def _round(side: float, multiple: int) -> int:
+    return max(math.floor(side / multiple + 0.5), 1) * multiple
+
+
+def _checked(side: int, multiple: int, size: str) -> int:
+    """The side, if it is a multiple."""
+    if side % multiple or side == 0:
+        near = sorted({max(side // multiple, 1) * multiple, (side // multiple + 1) * multiple})
+        raise InputError(
+            f"size={size!r}: {side} is not a multiple of {multiple}, as this model needs; "
+            f"take {' or '.join(map(str, near))}"
+        )
+    return side
+
+
+def _open(picture: Picture) -> Image.Image:
+    """The picture decoded and upright, as L, RGB or RGBA."""
+    name = _name(picture)
+    try:
+        if isinstance(picture, Image.Image):
+            return _decoded(picture, name)
+        path = Path(picture)
+        if path.is_dir():
+            raise InputError(f"{name}: is a folder; give the picture in it")
+        if not path.is_file():
+            raise InputError(f"{name}: {'is no ordinary file' if path.exists() else 'no such file'}; give a picture")
+        if path.stat().st_size == 0:
+            raise InputError(f"{name}: is empty; copy it again")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            image = Image.open(path, formats=FORMATS)
+        with image:
+            return _decoded(image, name)
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: {_TOO_LARGE}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: is not a picture; give one of {', '.join(FORMATS)}") from None
+    except PermissionError:
+        raise InputError(f"{name}: may not be read; change its rights") from None
+    except Exception as error:  # Pillow raises anything for a damaged file
+        raise InputError(f"{name}: is damaged or cut short ({' '.join(str(error).split())}); copy it again") from error
+
+
+_TOO_LARGE = f"has more than {LARGEST:,} pixels, and is not decoded; make it smaller"
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > LARGEST:
+        raise InputError(f"{name}: {image.width}x{image.height} {_TOO_LARGE}")
+    if image.width * image.height == 0:
+        raise InputError(f"{name}: has no pixels")
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a photograph with its previews
+        log.warning("%s: has %d frames; the first is taken", name, image.n_frames)  # type: ignore[attr-defined]
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image, np.float32).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise InputError(f"{name}: holds floating-point numbers; save it with 8 or 16 bits")
+    return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")
+
+
+def _name(picture: Picture | Box) -> str:
+    if isinstance(picture, Image.Image):
+        return f"picture of {picture.width}x{picture.height}"
+    return f"box {','.join(f'{side:g}' for side in picture)}" if isinstance(picture, tuple) else str(picture)
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """(1 or 3, H, W), float32, in [0, 1]."""
+    levels = np.array(image, np.float32) / 255
+    return torch.from_numpy(levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1).copy())
+
+
+def _hint(kind: str, hint: Picture, image: Image.Image, working: tuple[int, int]) -> Tensor:
+    drawn = open_hint(hint, kind)
+    _check_aspect(f"{_name(hint)}: the {kind}", drawn, image, working)
+    return _tensor(drawn.resize(working, Image.Resampling.BILINEAR))
+
+
+def _region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], soft: bool) -> Tensor:
+    """The mask (1, H, W): a pixel is as bright as the brightest that it covers of the mask as given."""
+    if isinstance(mask, tuple):
+        region = _boxed(mask, image)
+    else:
+        drawn = open_mask(mask)
+        _check_aspect(f"{_name(mask)}: the mask", drawn, image, working)
+        region = _tensor(drawn)
+    region = region if soft else (region > 0.5).float()
+    return F.adaptive_max_pool2d(region, (working[1], working[0]))
+
+
+def _boxed(box: Box, image: Image.Image) -> Tensor:
+    """A box as a mask (1, H0, W0) of every pixel of the picture that it touches."""
+    x0, y0, x1, y1 = box if max(box) > 1 else (s * side for s, side in zip(box, image.size * 2, strict=True))
+    if not (0 <= x0 < x1 <= image.width and 0 <= y0 < y1 <= image.height):
+        raise InputError(
+            f"{_name(box)}: is not left,top,right,bottom within the picture of {image.width}x{image.height}"
+        )
+    region = torch.zeros(1, image.height, image.width)
+    region[:, math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = 1
+    return region
+
+
+def _check_aspect(what: str, drawn: Image.Image, image: Image.Image, working: tuple[int, int]) -> None:
+    """Raise unless it is drawn over the picture, at whatever scale, or over the picture at its working size."""
+    (w, h), (width, height) = drawn.size, image.size
+    if drawn.size != working and abs(w - h * width / height) > 1 and abs(h - w * height / width) > 1:
+        raise InputError(
+            f"{what} of {w}x{h} does not lie over the picture of {width}x{height}; draw it at the picture's size"
+        )
+
+
+def _check_region(name: str, full: Tensor, mask: Tensor, factor: int) -> None:
+    """Raise for an empty or full region; warn of one that may not be what was meant."""
+    if not full.any():
+        raise InputError(f"{name}: the mask is empty; paint what is to be edited white (above half grey)")
+    if mask.min() == 1:
+        raise InputError(f"{name}: the mask covers the whole picture; leave it out, or paint what is kept black")
+    thick = -F.max_pool2d(-full, factor, 1)
+    if not thick.any():
+        log.warning(
+            "%s: the region is thinner than a latent cell of %d pixels; all cells that it touches are edited",
+            name,
+            factor,
+        )
+    edges = torch.cat([full[0, 0], full[0, -1], full[0, :, 0], full[0, :, -1]])
+    if edges.min() == 1:
+        log.warning("%s: white, which is edited, runs all round the picture; is the mask inverted?", name)
