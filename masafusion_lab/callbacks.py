@@ -1,0 +1,132 @@
+"""What happens whenever a batch of cases has been edited: their folders are written, then the loggers are told."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from masafusion_lab.data.case import Case
+from masafusion_lab.editor import Edited, Item
+from masafusion_lab.report import picture, report, strip
+from masafusion_lab.runs import begin_case, finish_case, write_picture
+from masafusion_lab.tracking import log_pictures
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case that was found fit to be edited, and where its result goes.
+
+    `key`: of its result; `record`: of its inversion in the store; `kin`: what cases of one batch share (size, kinds of
+    hint, whether there is a mask); `original`: width and height before it was resized.
+    """
+
+    case: Case
+    folder: Path
+    key: str
+    record: str
+    kin: tuple[Any, ...]
+    original: tuple[int, int]
+
+
+class Results(L.Callback):
+    """Writes each case's folder the moment its batch is done: pictures, report.html, and last result.json.
+
+    `facts` are what all results say; `found`: case id -> whether its inversion was in the store; `seconds` of one that
+    was not.
+    """
+
+    def __init__(
+        self, jobs: Mapping[str, Job], facts: Mapping[str, Any], found: Mapping[str, bool], seconds: float
+    ) -> None:
+        self.jobs, self.facts, self.found, self.seconds = jobs, facts, found, seconds
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the batch's cases."""
+        for item, edited in zip(batch, outputs, strict=True):
+            self.write(self.jobs[item.id], item, edited)
+
+    def write(self, job: Job, item: Item, edited: Edited) -> None:
+        """Write one case. Raises InputError if the disk is full; result.json is then not there."""
+        panels = shown(item, edited)
+        pictures = {**panels, "strip": strip(panels)}
+        if job.original != pictures["target"].size:
+            pictures["target_original_size"] = pictures["target"].resize(job.original, Image.Resampling.LANCZOS)
+        begin_case(job.folder)
+        for name, image in pictures.items():
+            write_picture(job.folder / f"{name}.png", image)
+        inverting = 0.0 if self.found[item.id] else self.seconds
+        result = {
+            "case": item.id,
+            "key": job.key,
+            "prompts": {"source": item.source, "target": item.target, "instruction": job.case.instruction},
+            **self.facts,
+            "dtype": edited.dtype,
+            "size": pictures["source"].size,
+            "original_size": job.original,
+            "rows": edited.rows,
+            "seconds": {"invert": inverting, **edited.seconds},
+            "from_store": self.found[item.id],
+            "reconstruction_psnr": edited.psnr["reconstruction"],
+            "roundtrip_psnr": edited.psnr["roundtrip"],
+            "peak_memory_gb": peak_memory_gb(),
+            "files": [*(f"{name}.png" for name in pictures), "report.html"],
+        }
+        report(job.folder, result)
+        finish_case(job.folder, result)
+
+
+class Mirror(L.Callback):
+    """Tells the loggers of each case that was edited: PSNRs, seconds and pictures, one step a case."""
+
+    def __init__(self) -> None:
+        self.cases = 0
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the batch's cases."""
+        for item, edited in zip(batch, outputs, strict=True):
+            facts = {f"edit/{name}_psnr": value for name, value in edited.psnr.items() if math.isfinite(value)}
+            facts |= {f"edit/seconds/{phase}": spent for phase, spent in edited.seconds.items()}
+            panels = shown(item, edited) if trainer.loggers else {}
+            for logger in trainer.loggers:
+                logger.log_metrics(facts | {"edit/rows": edited.rows}, step=self.cases)
+                log_pictures(logger, "edit/pictures", panels, step=self.cases, of=item.id)
+            self.cases += 1
+
+
+def shown(item: Item, edited: Edited) -> dict[str, Image.Image]:
+    """The pictures of a case by name, as they were used and made: source, mask, hints, results."""
+    height, width = item.pixels.shape[-2:]
+    panels: dict[str, Tensor] = {"source": item.pixels}
+    if item.mask is not None:
+        panels["mask"] = F.interpolate(item.mask[None].float(), (height, width))[0]
+    panels |= item.hints
+    panels |= {
+        name: edited.pictures[name] for name in ("reconstruction", "intermediate", "target") if name in edited.pictures
+    }
+    return {name: picture(tensor) for name, tensor in panels.items()}
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory that this process has held so far, on the GPU if there is one; None where it cannot be known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**10 if sys.platform != "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,159 @@
+"""The lab of an experiment: model, schedule, method, inversion and store, and what results say of them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masafusion_lab import __version__, config
+from masafusion_lab.data.case import Case
+from masafusion_lab.data.pictures import Prepared, prepare
+from masafusion_lab.inversion import Direct, Track, silent
+from masafusion_lab.methods import METHODS, Method
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.null_text import NullText
+from masafusion_lab.schedule import Schedule
+from masafusion_lab.store import Store
+from masafusion_lab.trainer import make, undisturbed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Lab:
+    """What the phases of one experiment share. `trainer`: keys of lightning's Trainer."""
+
+    model: StableDiffusion
+    schedule: Schedule
+    method: Method
+    inversion: Direct | NullText
+    store: Store
+    seed: int = 0
+    batch: int = 1
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    track: Track = silent
+    size: str = ""
+    dilate: int = 0
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that are not the defaults, for the reader of a result."""
+
+    def prepare(self, case: Case) -> Prepared:
+        """The tensors of a case, at the size that this model works at."""
+        m = self.model
+        sizes = {"factor": m.factor, "multiple": m.multiple, "native": m.native}
+        return prepare(case, **sizes, size=self.size or None, dilate=self.dilate)
+
+
+def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
+    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError."""
+    inversion, method = config.inversion(experiment), config.method(experiment)
+    if isinstance(inversion, NullText):
+        inversion = inversion.resolved
+    w, of_edit = getattr(inversion, "guidance", None), getattr(method, "guidance", None)
+    if None not in (w, of_edit) and w != of_edit:
+        log.warning("inversion.guidance=%g but method.guidance=%g: the source is replayed under the former", w, of_edit)
+    store = Store(Path(experiment.store) if experiment.store else None)
+    model = StableDiffusion.load(**vars(experiment.model))
+    with undisturbed():
+        make(model.device, experiment.trainer)
+    return Lab(
+        model,
+        model.schedule(experiment.steps),
+        method,
+        inversion,
+        store,
+        experiment.seed,
+        experiment.batch,
+        experiment.trainer,
+        track,
+        experiment.size,
+        experiment.dilate,
+        changes(experiment, inversion, method),
+    )
+
+
+def record_facts(lab: Lab, pixels: Tensor, prompt: str) -> dict[str, Any]:
+    """All that the record of a picture depends on: what its key in the store is made of."""
+    settings = _settings(lab.inversion.name, lab.inversion)
+    settings.pop("checkpointing", None)  # the same embeddings with and without
+    return {
+        "picture": sha256(pixels),
+        "prompt": prompt,
+        "model": lab.model.digest(),
+        "dtype": str(lab.model.dtype),
+        "tiling": bool(getattr(lab.model.vae, "use_tiling", False)),
+        "timesteps": lab.schedule.timesteps,
+        "abar": sha256(lab.schedule.abar),
+        "prediction": lab.schedule.prediction,
+        "inversion": settings,
+        "trainer": dict(lab.trainer) if isinstance(lab.inversion, NullText) else {},
+    }
+
+
+def sha256(x: Tensor) -> str:
+    """The sha256 of a float tensor's shape and values."""
+    data = x.detach().cpu().float().contiguous().numpy().tobytes()
+    return hashlib.sha256(repr(tuple(x.shape)).encode() + data).hexdigest()
+
+
+def facts(lab: Lab) -> dict[str, Any]:
+    """What the results of all cases of a lab share: how and with what they were made."""
+    packages = ("torch", "lightning", "diffusers", "transformers")
+    device = lab.model.device
+    return {
+        "model": lab.model.digest(),
+        "steps": len(lab.schedule),
+        "seed": lab.seed,
+        "inversion": _settings(lab.inversion.name, lab.inversion),
+        "method": _settings(method_name(lab.method), lab.method),
+        "changed": dict(lab.changed),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
+        "versions": {
+            "masafusion_lab": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def method_name(method: Method) -> str:
+    """The name, as in `method.name=...`, of a method; its class's, if it is none of ours."""
+    return next((name for name, cls in METHODS.items() if cls is type(method)), type(method).__name__)
+
+
+def _settings(name: str, chosen: Any) -> dict[str, Any]:
+    return {"name": name, **asdict(chosen)}
+
+
+def changes(experiment: config.Experiment, inversion: Any, method: Any) -> dict[str, Any]:
+    """The settings that are not the defaults, by key; without the prompts and without where things are put."""
+    now = asdict(experiment) | {
+        "inversion": _settings(inversion.name, inversion),
+        "method": _settings(method_name(method), method),
+    }
+    usual = asdict(type(experiment)())
+    usual["inversion"] = asdict(type(inversion)()) | usual["inversion"]
+    usual["method"] = asdict(type(method)()) | usual["method"]
+    shown = now.keys() - {"source", "target", "instruction", "out", "store", "force", "tracking"}
+    usual_flat = dict(_flat(usual))
+    return {
+        key: value for key, value in _flat({k: v for k, v in now.items() if k in shown}) if usual_flat.get(key) != value
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of settings, by key."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,254 @@
+"""The phases of an experiment: invert fills the store, edit reads it and leaves one folder a case."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from masafusion_lab import InputError, __version__, interrupt
+from masafusion_lab.callbacks import Job, Mirror, Results
+from masafusion_lab.data.case import Case
+from masafusion_lab.data.pictures import Prepared
+from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
+from masafusion_lab.fusion import Masked
+from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
+from masafusion_lab.lab import Lab, build, facts, method_name, record_facts, sha256
+from masafusion_lab.null_text import NullText
+from masafusion_lab.runs import case_folder, is_done
+from masafusion_lab.trainer import make, undisturbed
+
+__all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
+
+log = logging.getLogger(__name__)
+
+INVERSIONS: dict[str, type] = {"direct": Direct, "ddim": Ddim, "null_text": NullText}
+"""Name, as in `inversion.name=...`, to class."""
+
+
+@dataclass
+class Pending:
+    """A picture that waits to be inverted, with what its record depends on, and the cases that start from it."""
+
+    pixels: Tensor
+    facts: Mapping[str, Any]
+    cases: list[Case]
+
+
+def invert(
+    lab: Lab, cases: Iterable[Case], *, loggers: Sequence[Any] = (), callbacks: Sequence[L.Callback] = ()
+) -> Iterator[tuple[Case, Inversion, bool]]:
+    """The record of each case, and whether it was in the store; the others are inverted, equal sizes together.
+
+    Null-text inversion that was cut short goes on where it was, to the same bits. Raises InputError and NotFinite.
+    """
+    waiting: dict[torch.Size, dict[str, Pending]] = {}
+    for case in cases:
+        pixels = lab.prepare(case).pixels
+        depends = record_facts(lab, pixels, case.source)
+        key = lab.store.key(depends)
+        if (record := lab.store.get(key)) is not None:
+            log.info("%s: its inversion was found in the store, not inverted again", case.id)
+            yield case, record, True
+            continue
+        batch = waiting.setdefault(pixels.shape, {})
+        batch.setdefault(key, Pending(pixels, depends, [])).cases.append(case)
+        if len(batch) == lab.batch:
+            yield from _invert(lab, waiting.pop(pixels.shape), loggers, callbacks)
+    for batch in waiting.values():
+        yield from _invert(lab, batch, loggers, callbacks)
+
+
+def _invert(
+    lab: Lab, batch: Mapping[str, Pending], loggers: Sequence[Any], callbacks: Sequence[L.Callback]
+) -> Iterator[tuple[Case, Inversion, bool]]:
+    """Invert a batch, by key, but what another process has just inverted."""
+    with ExitStack() as claims:
+        for key in sorted(batch):  # in one order everywhere, or two processes could wait for each other
+            claims.enter_context(lab.store.claim(key))
+        found = {key: record for key in batch if (record := lab.store.get(key)) is not None}
+        made, clock = {}, Clock(lab.model.device)
+        if missing := {key: pending for key, pending in batch.items() if key not in found}:
+            for key, record in _records(lab, missing, loggers, callbacks):
+                lab.store.put(key, record, missing[key].facts)
+                made[key] = record
+            clock.lap("invert")
+            for logger in loggers:
+                logger.log_metrics({"invert/seconds": clock.seconds["invert"] / len(made)})
+    for key, pending in batch.items():
+        for case in pending.cases:
+            yield case, (found | made)[key], key in found
+
+
+def _records(
+    lab: Lab, batch: Mapping[str, Pending], loggers: Sequence[Any], callbacks: Sequence[L.Callback]
+) -> Iterator[tuple[str, Inversion]]:
+    """Key and record of each of a batch of pictures; one by one if memory does not suffice for all at once."""
+    try:
+        record = _record(lab, batch, loggers, callbacks)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        record = None
+    if record is not None:
+        yield from zip(batch, record.split(), strict=True)
+    elif len(batch) == 1:
+        raise InputError(
+            "out of memory while inverting one picture: take a smaller size=, model.dtype=float16 or bfloat16, "
+            "model.offload=model, or of null_text inversion.checkpointing=true"
+        )
+    else:
+        log.warning("out of memory inverting %d pictures at once: one by one; batch=1 spares the attempt", len(batch))
+        for key, pending in batch.items():
+            yield from _records(lab, {key: pending}, loggers, callbacks)
+
+
+def _record(
+    lab: Lab, batch: Mapping[str, Pending], loggers: Sequence[Any], callbacks: Sequence[L.Callback]
+) -> Inversion:
+    """The record, on the CPU, of a batch of pictures of one size."""
+    model, schedule, inversion, track = lab.model, lab.schedule, lab.inversion, _checked(lab.track)
+    what = f"inverting {', '.join(pending.cases[0].id for pending in batch.values())}"
+    pixels = torch.stack([pending.pixels for pending in batch.values()])
+    x0 = precisely(model, what, lambda: model.encode(pixels))
+    text, empty = model.embed([p.cases[0].source for p in batch.values()]), model.embed([""] * len(batch))
+    if isinstance(inversion, NullText):  # which sees to its own precision
+        record = inversion.invert(
+            model,
+            x0,
+            text,
+            empty,
+            schedule,
+            track=track,
+            folder=lab.store.progress(lab.store.key({"batch": list(batch)})),
+            trainer=lab.trainer,
+            loggers=loggers,
+            callbacks=callbacks,
+            check=interrupt.check,
+        )
+    else:
+        record = precisely(model, what, lambda: inversion.invert(model, x0, text, empty, schedule, track=track))
+    return Inversion(record.states.cpu(), None if record.null is None else record.null.cpu())
+
+
+def _checked(track: Track) -> Track:
+    """The same, but that a signal is heeded after each item."""
+
+    def checked(items: Iterable[Any], what: str) -> Iterator[Any]:
+        for item in track(items, what):
+            yield item
+            interrupt.check()
+
+    return checked
+
+
+def job(lab: Lab, case: Case, folder: Path) -> Job:
+    """Check a case against model and method, without denoising anything. Raises InputError."""
+    prepared, model = lab.prepare(case), lab.model
+    height, width = prepared.pixels.shape[-2:]
+    model.check_size(height, width)
+    for prompt in (case.source, case.target):
+        if lost := model.cut(prompt):
+            log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
+    Editor(model, lab.method, lab.schedule).given(
+        [_item(case, prepared, Inversion(torch.empty(0)))], None
+    )  # raises for words, hints and adapters
+    if hasattr(lab.method, "plan"):
+        plan = lab.method.plan(model.sites, len(lab.schedule))
+        plan.check(
+            steps=len(lab.schedule),
+            layers=sum(not site.cross for site in model.sites),
+            latents={branch.x for branch in plan.branches.values()},
+            prompts=("source", "target", "empty"),
+        )
+        if prepared.mask is None and any(isinstance(rule, Masked) for rule in plan.noise.values()):
+            raise InputError(f"{case.id}: this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
+        if not prepared.hints and any(branch.hint for branch in plan.branches.values()):
+            raise InputError(f"{case.id}: this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
+    record = record_facts(lab, prepared.pixels, case.source)
+    depends = {
+        "record": record,
+        "case": case.id,
+        "target": case.target,
+        "mask": None if prepared.mask is None else sha256(prepared.mask),
+        "hints": {kind: sha256(hint) for kind, hint in prepared.hints.items()},
+        "adapters": model.digest(sorted(prepared.hints)),
+        "method": [method_name(lab.method), asdict(lab.method)],
+        "seed": lab.seed,
+        "trainer": dict(lab.trainer),
+        "version": __version__,
+    }
+    kin = (width, height, *sorted(prepared.hints), prepared.mask is None)
+    return Job(case, folder, lab.store.key(depends), lab.store.key(record), kin, prepared.original)
+
+
+def edit(
+    lab: Lab,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    loggers: Sequence[Any] = (),
+    callbacks: Sequence[L.Callback] = (),
+) -> list[Path]:
+    """Edit the cases that are not done yet, each written when its batch is; the folders of all of them.
+
+    One case goes into `folder` itself, several each into one of their own inside it. All are checked before the first
+    is inverted. Raises InputError and NotFinite.
+    """
+    if twice := [id for id, times in Counter(case.id for case in cases).items() if times > 1]:
+        raise InputError(f"case {twice[0]!r} is there twice: every case needs an id of its own")
+    folder = Path(folder)
+    jobs = [job(lab, case, folder if len(cases) == 1 else case_folder(folder, case.id)) for case in cases]
+    left = {job.case.id: job for job in jobs if not is_done(job.folder, job.key)}
+    if len(left) < len(jobs):
+        log.info("%d of %d cases are done already, under the same configuration", len(jobs) - len(left), len(jobs))
+    clock, found = Clock(lab.model.device), {}
+    for case, _, hit in invert(lab, [job.case for job in left.values()], loggers=loggers, callbacks=callbacks):
+        found[case.id] = hit
+    clock.lap("invert")
+    results = Results(left, facts(lab), found, clock.seconds["invert"] / max(1, list(found.values()).count(False)))
+    options = {"inference_mode": False, "enable_progress_bar": False} | dict(lab.trainer)
+    editor = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, track=lab.track)
+    if left:
+        with undisturbed(interrupt.check):
+            trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(), *callbacks])
+            trainer.predict(editor, Batches(lab, list(left.values())), return_predictions=False)
+    if lost := [job for job in jobs if not is_done(job.folder, job.key)]:
+        raise InputError(f"the trainer left out {len(lost)} of {len(jobs)} cases: lift its limit in trainer.*")
+    return [job.folder for job in jobs]
+
+
+def _item(case: Case, prepared: Prepared, record: Inversion) -> Item:
+    return Item(case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints)
+
+
+class Batches:
+    """Batches of cases of a kind, read when they are needed."""
+
+    def __init__(self, lab: Lab, jobs: Sequence[Job]) -> None:
+        kin: dict[Any, list[Job]] = {}
+        for job in jobs:
+            kin.setdefault(job.kin, []).append(job)
+        self.lab = lab
+        self.batches = [its[i : i + lab.batch] for its in kin.values() for i in range(0, len(its), lab.batch)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        for batch in self.batches:
+            yield [self.item(job) for job in batch]
+
+    def item(self, job: Job) -> Item:
+        """What the edit of a case reads. Raises InputError if its record was deleted in the meantime."""
+        if (record := self.lab.store.get(job.record)) is None:
+            raise InputError(f"{job.case.id}: its inversion has gone from the store in the meantime; run again")
+        return _item(job.case, self.lab.prepare(job.case), record)

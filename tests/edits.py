@@ -1,0 +1,43 @@
+"""Small cases to edit, and a lab with the tiny model to edit them in."""
+
+from PIL import Image, ImageDraw
+
+from masafusion_lab import config, phases
+from masafusion_lab.data.case import Case
+
+SIZE = (48, 32)
+STEPS = 3
+
+
+def drawn(mode="RGB", shift=0, size=SIZE, **style):
+    """A disc on a plain ground: a picture, or a mask or a sketch."""
+    picture = Image.new(mode, size, "orange" if mode == "RGB" else 0)
+    ImageDraw.Draw(picture).ellipse((6 + shift, 6, 26 + shift, 26), **(style or {"fill": "blue"}))
+    return picture
+
+
+def case(id="cat", shift=0, size=SIZE, **changes):
+    """An edit of a disc within its region, along a sketch."""
+    facts = {
+        "id": id,
+        "image": drawn(shift=shift, size=size),
+        "source": "a cat on grass",
+        "target": "a red dog on grass",
+        "mask": drawn("L", shift, size, fill=255),
+        "hints": {"sketch": drawn("L", shift + 4, size, outline=255)},
+    }
+    return Case(**facts | changes)
+
+
+def lab(root, store, *words):
+    """The lab of an experiment with the model in `root`, by key=value words."""
+    usual = f"model.path={root} model.device=cpu store={store} size=48x32 steps={STEPS}"
+    return phases.build(config.load(words=[*usual.split(), *words]))
+
+
+class Calls:
+    """Counts the UNet's calls."""
+
+    def __init__(self, model):
+        self.count = 0
+        self.hook = model.unet.register_forward_pre_hook(lambda *_: setattr(self, "count", self.count + 1))

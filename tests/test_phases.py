@@ -1,0 +1,235 @@
+"""The phases: what is inverted once is never inverted again, and what was cut short goes on to the same bytes."""
+
+import json
+import logging
+import os
+import signal
+
+import lightning.pytorch as L
+import pytest
+import torch
+from PIL import Image
+
+from masafusion_lab import InputError, interrupt, phases
+from masafusion_lab.runs import case_folder
+from tests.edits import SIZE, STEPS, Calls, case, drawn
+from tests.edits import lab as make_lab
+
+NTI = ("inversion.name=null_text", "inversion.inner_steps=3", "inversion.lr=0.002")
+PICTURES = ("source", "mask", "sketch", "reconstruction", "intermediate", "target", "strip")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def lab(tiny_root, store):
+    return make_lab(tiny_root, store)
+
+
+def targets(folders):
+    return [(folder / "target.png").read_bytes() for folder in folders]
+
+
+class At(L.Callback):
+    """Sends this process a signal after so many gradient steps."""
+
+    def __init__(self, step, signum):
+        self.step, self.signum = step, signum
+
+    def on_train_batch_end(self, *args):
+        self.step -= 1
+        if self.step == 0:
+            os.kill(os.getpid(), self.signum)
+
+
+def test_what_is_in_the_store_is_not_inverted_again(lab, caplog):
+    ((_, record, found),) = phases.invert(lab, [case()])
+    calls = Calls(lab.model)
+    with caplog.at_level(logging.INFO):
+        ((_, again, found_again),) = phases.invert(lab, [case()])
+    assert (found, found_again, calls.count) == (False, True, 0)
+    assert torch.equal(record.states, again.states)
+    assert "cat: its inversion was found in the store, not inverted again" in caplog.text
+
+
+def test_cases_of_one_picture_and_prompt_share_their_inversion(lab):
+    calls = Calls(lab.model)
+    lab.batch = 2
+    cases = [case("a"), case("b", target="a blue hat"), case("c", shift=3)]
+    records = {c.id: r for c, r, _ in phases.invert(lab, cases)}
+    assert calls.count == STEPS
+    assert records["a"] is records["b"]
+    assert not torch.equal(records["a"].states, records["c"].states)
+
+
+def test_a_batch_of_records_equals_those_made_alone(tiny_root, tmp_path):
+    cases = [case("a"), case("tall", size=(32, 48)), case("b", shift=5)]
+    words = ("size=32",)
+    alone = {c.id: r for c, r, _ in phases.invert(make_lab(tiny_root, tmp_path / "one", *words), cases)}
+    both = {c.id: r for c, r, _ in phases.invert(make_lab(tiny_root, tmp_path / "two", "batch=3", *words), cases)}
+    assert both["tall"].states.shape[-2:] == (12, 8)
+    for id, record in alone.items():
+        torch.testing.assert_close(record.states, both[id].states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "again"),
+    [
+        ((), {"target": "a blue hat"}, False),
+        (("seed=4", "method.guidance=3"), {}, False),
+        ((), {"source": "a dog on grass"}, True),
+        ((), {"image": drawn(shift=1)}, True),
+        (("inversion.prompt=empty",), {}, True),
+        (("steps=2",), {}, True),
+    ],
+    ids=["target", "edit settings", "prompt", "picture", "inversion settings", "schedule"],
+)
+def test_a_record_is_addressed_by_what_it_depends_on(lab, tiny_root, store, words, changed, again):
+    list(phases.invert(lab, [case()]))
+    ((_, _, found),) = phases.invert(make_lab(tiny_root, store, *words), [case(**changed)])
+    assert found != again
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_null_text_inversion_goes_on_after_a_signal_to_the_same_bits(tiny_root, tmp_path, signum):
+    ((_, want, _),) = phases.invert(make_lab(tiny_root, tmp_path / "whole", *NTI), [case()])
+    lab = make_lab(tiny_root, tmp_path / "cut", *NTI)
+    before = signal.getsignal(signum)
+    with pytest.raises(interrupt.Interrupted) as stop, interrupt.handled():
+        list(phases.invert(lab, [case()], callbacks=[At(5, signum)]))
+    assert stop.value.code == 128 + signum
+    assert signal.getsignal(signum) == before
+    calls = Calls(lab.model)
+    ((_, record, found),) = phases.invert(lab, [case()])
+    assert torch.equal(record.states, want.states)
+    assert torch.equal(record.null, want.null)
+    assert not found
+    whole = STEPS + STEPS * (1 + 3 + 1)  # inversion; under the prompt, three gradient steps, the state after them
+    assert 0 < calls.count < whole - STEPS
+    assert not list((tmp_path / "cut" / "progress").iterdir())
+
+
+def test_an_edit_leaves_pictures_page_and_facts_in_its_folder(lab, tmp_path):
+    (folder,) = phases.edit(lab, [case(instruction="make it a dog")], tmp_path / "run")
+    assert folder == tmp_path / "run"
+    for name in PICTURES[:-1]:
+        assert Image.open(folder / f"{name}.png").size == SIZE
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result["files"]) == {"report.html", *(f"{name}.png" for name in PICTURES)}
+    assert result["prompts"]["instruction"] == "make it a dog"
+    assert result["rows"] == 10 * STEPS
+    assert set(result["seconds"]) == {"invert", "prepare", "denoise", "decode"}
+    assert result["reconstruction_psnr"] == result["roundtrip_psnr"]
+    assert result["changed"]["steps"] == STEPS
+    assert not result["from_store"]
+
+
+def test_the_target_comes_at_the_pictures_own_size_too_if_that_was_another(lab, tmp_path):
+    parts = {"image": drawn(size=(96, 64)), "mask": (0.1, 0.1, 0.5, 0.9)}
+    (folder,) = phases.edit(lab, [case(**parts)], tmp_path / "run")
+    assert Image.open(folder / "target_original_size.png").size == (96, 64)
+    assert Image.open(folder / "target.png").size == SIZE
+
+
+def test_what_is_done_is_not_done_again_and_what_changed_is(lab, tiny_root, store, tmp_path, caplog):
+    phases.edit(lab, [case()], tmp_path / "run")
+    calls = Calls(lab.model)
+    with caplog.at_level(logging.INFO):
+        phases.edit(lab, [case()], tmp_path / "run")
+    assert calls.count == 0
+    assert "1 of 1 cases are done already" in caplog.text
+    other = make_lab(tiny_root, store, "seed=1")
+    calls = Calls(other.model)
+    phases.edit(other, [case()], tmp_path / "run")
+    assert calls.count == STEPS
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["from_store"]
+
+
+def test_order_and_sharding_do_not_change_an_image_and_a_batch_not_visibly(tiny_root, store, tmp_path):
+    cases = [case("a"), case("b", shift=2), case("c", shift=7)]
+    lab = make_lab(tiny_root, store)
+    want = targets(phases.edit(lab, cases, tmp_path / "together"))
+    assert targets(phases.edit(lab, cases[::-1], tmp_path / "reversed")) == want[::-1]
+    assert targets(phases.edit(lab, cases[1:2], tmp_path / "shard")) == want[1:2]
+    folders = phases.edit(make_lab(tiny_root, store, "batch=2"), cases, tmp_path / "batch")
+    for one, many in zip(cases, folders, strict=True):
+        a, b = (
+            torch.tensor(list(Image.open(folder / "target.png").tobytes()))
+            for folder in (case_folder(tmp_path / "together", one.id), many)
+        )
+        assert (a - b).abs().max() <= 1
+
+
+def test_a_run_again_gives_the_same_bytes(tiny_root, tmp_path):
+    one, two = (phases.edit(make_lab(tiny_root, tmp_path / f"{k}"), [case()], tmp_path / f"run{k}") for k in range(2))
+    for name in PICTURES:
+        assert (one[0] / f"{name}.png").read_bytes() == (two[0] / f"{name}.png").read_bytes()
+
+
+class Stop(L.Callback):
+    """Raises what a signal raises, once a batch is done."""
+
+    def on_predict_batch_end(self, *args):
+        raise interrupt.Interrupted(signal.SIGTERM)
+
+
+def test_cases_are_written_when_their_batch_is_done_and_the_others_follow_later(lab, tmp_path):
+    cases = [case("a"), case("b", shift=2), case("c", shift=7)]
+    want = targets(phases.edit(lab, cases, tmp_path / "whole"))
+    with pytest.raises(interrupt.Interrupted):
+        phases.edit(lab, cases, tmp_path / "cut", callbacks=[Stop()])
+    assert [case_folder(tmp_path / "cut", c.id).exists() for c in cases] == [True, False, False]
+    first = case_folder(tmp_path / "cut", "a") / "result.json"
+    written = first.stat().st_mtime_ns
+    calls = Calls(lab.model)
+    assert targets(phases.edit(lab, cases, tmp_path / "cut")) == want
+    assert calls.count == 2 * STEPS
+    assert first.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mask": None}, "cat: this method acts inside a region: give mask=FILE"),
+        ({"hints": {}}, "cat: this method follows a drawn condition"),
+        ({"hints": {"canny": drawn("L", outline=255)}}, "no canny adapter"),
+        ({"mask": drawn("L", size=(32, 64), fill=255)}, "32x64"),
+    ],
+    ids=["no mask", "no hint", "no adapter", "mask of another shape"],
+)
+def test_a_case_that_cannot_be_edited_is_found_before_anything_is_computed(lab, tmp_path, changed, message):
+    calls = Calls(lab.model)
+    with pytest.raises(InputError, match=message):
+        phases.edit(lab, [case("good", shift=1), case(**changed)], tmp_path / "run")
+    assert calls.count == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_set_is_refused_when_the_lab_is_built(tiny_root, store):
+    for words, message in (
+        (["trainer.devices=2"], "trainer"),
+        (["inversion.name=null_text", "trainer.precision=bf16-true"], "model.dtype"),
+        (["steps=1000"], "steps"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_lab(tiny_root, store, *words)
+
+
+def test_two_cases_with_one_id_are_refused(lab, tmp_path):
+    with pytest.raises(InputError, match="'cat' is there twice"):
+        phases.edit(lab, [case(), case(shift=1)], tmp_path)
+
+
+def test_a_limit_of_the_trainer_that_leaves_cases_out_is_an_error(tiny_root, store, tmp_path):
+    lab = make_lab(tiny_root, store, "trainer.limit_predict_batches=1")
+    with pytest.raises(InputError, match="left out 1 of 2 cases"):
+        phases.edit(lab, [case("a"), case("b")], tmp_path / "run")
+
+
+def test_words_beyond_the_encoders_length_are_named(lab, tmp_path, caplog):
+    long = "a red dog on grass with " + "and ".join(["a hat "] * 12)
+    phases.edit(lab, [case(target=long)], tmp_path / "run")
+    assert "cat: the text encoder reads 24 tokens; not read: " in caplog.text
