@@ -1,0 +1,293 @@
+"""The experiment: all that a person can set, read from defaults < YAML files < key=value words, and checked at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from masafusion_lab import InputError, keys
+from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
+
+
+@dataclass
+class Model:
+    """Which model, and how it is run."""
+
+    path: str = "picturebook"
+    """A diffusers folder, a hub id such as CompVis/stable-diffusion-v1-4, or picturebook, the built-in one."""
+    adapter: dict[str, str] = field(default_factory=dict)
+    """T2I-Adapters by kind of hint, model.adapter.sketch=FOLDER or hub id, beside those in the model's folder."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision; auto: float16 on CUDA, else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    offload: Literal["none", "model"] = "none"
+    """model: every part waits in main memory while it is not used."""
+    tiling: bool = False
+    """Whether the autoencoder works by tiles: less memory for large pictures."""
+    compile: bool = False
+    """Whether the UNet is compiled: a slow start, then faster steps."""
+
+
+@dataclass
+class Tracking:
+    """Where a run is recorded, beside its folder."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online if W&B has a key, else offline, to be sent later by `masafusion sync`."""
+    logger: Literal["wandb", "csv", "tensorboard"] = "wandb"
+    """Who writes the record."""
+    project: str = "masafusion"
+    """W&B project."""
+    entity: str = ""
+    """W&B user or team; empty: yours."""
+    group: str = ""
+    """Runs that belong together."""
+    name: str = ""
+    """Name of the run; empty: its folder's."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find it by."""
+
+
+@dataclass
+class Experiment:
+    """One experiment. Texts are verbatim; "" is: not given."""
+
+    image: str = ""
+    """The picture to edit; none: the built-in example."""
+    source: str = ""
+    """What the picture shows, in words."""
+    target: str = ""
+    """What it shall show."""
+    instruction: str = ""
+    """The edit as an instruction, for methods that take one and for the record."""
+    mask: str = ""
+    """The region A to edit, white in a picture; auto: from where sketch differs from source_sketch."""
+    box: str = ""
+    """The region as a rectangle x0,y0,x1,y1: pixels of the picture, or fractions if none exceeds 1."""
+    sketch: str = ""
+    """Outlines of what it shall show: a picture, or auto, drawn from the image."""
+    canny: str = ""
+    """Edges of what it shall show: a picture, or auto."""
+    pose: str = ""
+    """Pose of what it shall show: a picture in openpose's colours."""
+    source_sketch: str = ""
+    """Outlines of what the image shows, for mask=auto."""
+    hint_from: str = ""
+    """The picture that an auto hint is drawn from, if not the image."""
+    pidinet: str = ""
+    """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
+    cases: str = ""
+    """Of invert: a folder of pictures, or a manifest .csv, .jsonl or .yaml."""
+    size: str = ""
+    """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
+    dilate: int = 0
+    """Latent cells by which the region grows."""
+    steps: int = 50
+    """T, denoising steps."""
+    seed: int = 0
+    """Of the Gaussian noise; with it the same case gives the same picture."""
+    batch: int = 1
+    """Cases at once."""
+    out: str = ""
+    """Folder of the run; empty: runs/TIME-ID."""
+    store: str = ""
+    """Folder of the inversions; empty: $MASAFUSION_HOME/inversions, or ~/.cache/masafusion/inversions."""
+    force: bool = False
+    """Whether a folder of another configuration may be written over."""
+    model: Model = field(default_factory=Model)
+    inversion: dict[str, Any] = field(default_factory=lambda: {"name": "direct"})
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "masafusion"})
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Any key of Lightning's Trainer, such as trainer.precision=16-mixed."""
+    tracking: Tracking = field(default_factory=Tracking)
+
+
+PROMPTS = ("source", "target", "instruction")
+FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")
+"""Keys that may name a file which changes what comes out."""
+VERBATIM = (*PROMPTS, *FILES, "out", "store")
+"""Prompts and paths: any text at all."""
+
+
+def load(
+    files: Iterable[str | Path] = (),
+    words: Iterable[str] = (),
+    *,
+    needs: Callable[[Experiment], Iterable[str]] = lambda experiment: (),
+) -> Experiment:
+    """The experiment of defaults < YAML files < key=value words, of which later ones win.
+
+    Who names another inversion or method than before drops the settings of the former. `needs` says what is wrong with
+    an experiment for the task at hand. Raises InputError with all that is wrong, a line each.
+    """
+    problems: list[str] = []
+    given: dict[str, tuple[str, Text]] = {}
+    for more in (*map(read_yaml, files), read_words(words, problems)):
+        for table in keys.CHOSEN:
+            name = f"{table}.name"
+            if name in more and more[name][1] != given.get(name, ("", keys.name_key(table).default))[1]:
+                given = {key: value for key, value in given.items() if not key.startswith(f"{table}.")}
+        given |= more
+    names = {table: given.get(f"{table}.name", ("", keys.name_key(table).default))[1] for table in keys.CHOSEN}
+    chosen = {table: str(name) if name in keys.classes(table) else None for table, name in names.items()}
+    known = keys.known(chosen)
+    values = {}
+    for name, (where, text) in given.items():
+        try:
+            values[name] = _value(name, text, known)
+        except ValueError as error:
+            problems.append(f"{where}{error}")
+    experiment = _assemble(values)
+    problems += [*_impossible(experiment), *needs(experiment)]
+    if problems:
+        lines = [f"{len(problems)} problems:", *problems]
+        raise InputError("\n  ".join(lines) if len(problems) > 1 else problems[0])
+    return experiment
+
+
+def to_yaml(experiment: Experiment) -> str:
+    """The whole experiment as a file that `load` reads to the same one; without `force`, which is said each time."""
+    values = _filled(experiment)
+    del values["force"]
+    return dump(values)
+
+
+def digest(experiment: Experiment) -> str:
+    """sha256 of all that changes a picture: not where or how often it is computed, but the files that are named."""
+    values = _filled(experiment)
+    for key in ("out", "store", "force", "batch", "tracking"):
+        del values[key]
+    del values["model"]["offload"]
+    for key in FILES:
+        if os.path.isfile(values[key]):
+            data = hashlib.sha256(Path(values[key]).read_bytes()).hexdigest()
+            values[key] = [Path(values[key]).name, data]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def inversion(experiment: Experiment) -> Any:
+    """The inversion that the experiment names, with its settings: Direct, Ddim or NullText."""
+    from masafusion_lab.phases import INVERSIONS
+
+    return _built(INVERSIONS, "inversion", experiment.inversion)
+
+
+def method(experiment: Experiment) -> Any:
+    """The method that the experiment names, with its settings."""
+    from masafusion_lab.methods import METHODS
+
+    return _built(METHODS, "method", experiment.method)
+
+
+def box(text: str) -> tuple[float, float, float, float]:
+    """The corners that "x0,y0,x1,y1" means. Raises ValueError unless 0 <= x0 < x1 and 0 <= y0 < y1."""
+    x0, y0, x1, y1 = map(float, text.strip("[]()").split(","))
+    if not (0 <= x0 < x1 < math.inf and 0 <= y0 < y1 < math.inf):
+        raise ValueError(text)
+    return x0, y0, x1, y1
+
+
+def _built(classes: Mapping[str, type], table: str, values: Mapping[str, Any]) -> Any:
+    settings = dict(values)
+    name = settings.pop("name", keys.name_key(table).default)
+    if name not in classes:
+        raise InputError(f"{table}.name={name}: must be {keys.name_key(table).kind}{keys.suggest(name, classes)}")
+    return classes[name](**settings)
+
+
+def _filled(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as dictionaries, in which inversion and method have all of their settings."""
+    values = asdict(experiment)
+    for table in keys.CHOSEN:
+        name = values[table].get("name", keys.name_key(table).default)
+        all_of_it = keys.fields(*keys.classes(table)[name], f"{table}.")
+        defaults = {key.name.removeprefix(f"{table}."): key.default for key in all_of_it}
+        values[table] = {"name": name, **defaults, **values[table]}
+    return values
+
+
+def _assemble(values: Mapping[str, Any]) -> Experiment:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *path, last = name.split(".")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    tree = {"model": {}, "tracking": {}, **tree}
+    experiment = Experiment(**{**tree, "model": Model(**tree["model"]), "tracking": Tracking(**tree["tracking"])})
+    filled = _filled(experiment)
+    return replace(experiment, **{table: filled[table] for table in keys.CHOSEN})
+
+
+def _value(name: str, text: Text, known: Mapping[str, keys.Key]) -> Any:
+    """The value that a text means for a key. Raises ValueError, in one line, for an unknown key or impossible value."""
+    key = keys.find(name, known)
+    if key is None:
+        raise ValueError(f"{name}: {_unknown(name, known)}")
+    shown = f"{name}={short(text)}"
+    for each in [text] if isinstance(text, str) else text:
+        if "\0" in each:
+            raise ValueError(f"{shown}: holds a null byte; remove it")
+        if "${" in each and name not in VERBATIM:
+            raise ValueError(f"{shown}: nothing is filled in here, neither keys nor the environment; write the value")
+    try:
+        value = key.read(text)
+    except ValueError as error:
+        near = keys.suggest(text, key.choices) if isinstance(text, str) else ""
+        raise ValueError(f"{shown}: {error}{near}") from None
+    if name in PROMPTS:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{shown}: is not valid UTF-8; set the terminal to UTF-8") from None
+    return value
+
+
+def _unknown(name: str, known: Mapping[str, keys.Key]) -> str:
+    """What to say of a key that does not exist."""
+    table = name.partition(".")[0]
+    if table in keys.CHOSEN:
+        for choice in keys.classes(table):
+            if any(key.name == name for key in keys.tables()[f"{table}.name={choice}"]):
+                return f"is a key of {table}.name={choice}, which is not chosen"
+    if inside := [key for key in known if key.startswith(f"{name}.")]:
+        return f"is a table; give one of its keys, as {inside[0]}=…"
+    names = (f"trainer.{key}" for key in keys.trainer_keys()) if table == "trainer" else known
+    return f"unknown key{keys.suggest(name, names) or '; masafusion edit --help lists them'}"
+
+
+def _impossible(experiment: Experiment) -> Iterator[str]:
+    """What is of the right type and yet cannot be."""
+    e, i = experiment, experiment.inversion
+    for key, value, right, allowed in (
+        ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
+        ("batch", e.batch, e.batch >= 1, "at least 1"),
+        ("dilate", e.dilate, e.dilate >= 0, "at least 0"),
+        ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
+        (
+            "model.device",
+            e.model.device,
+            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", e.model.device),
+            "auto, cpu, cuda, cuda:1, mps",
+        ),
+        ("inversion.inner_steps", i.get("inner_steps"), i.get("inner_steps", 0) >= 0, "at least 0"),
+        ("inversion.lr", i.get("lr"), i.get("lr") is None or i["lr"] > 0, "above 0"),
+    ):
+        if not right:
+            yield f"{key}={value}: must be {allowed}"
+    try:
+        e.box and box(e.box)
+    except ValueError:
+        yield f"box={short(e.box)}: must be x0,y0,x1,y1 with 0 <= x0 < x1 and 0 <= y0 < y1"
+    for key, value in e.method.items():
+        if isinstance(value, tuple) and key.endswith("_steps") and not 0 <= value[0] < min(value[1], max(e.steps, 1)):
+            yield f"method.{key}=[{value[0]},{value[1]}]: must be [a,b] with 0 <= a < b and a < steps={e.steps}"

@@ -1,0 +1,36 @@
+"""What a person hears while something runs, on standard error: the log, and a bar for every long loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+log = logging.getLogger(__name__)
+console = Console(stderr=True)
+"""Results go to standard output."""
+
+
+def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """Hand on the items, with a bar, or off a terminal one line as they begin; a `Track` (see inversion.py)."""
+    if not console.is_terminal:
+        log.info("%s", what)
+        yield from items
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, description=what)
+
+
+class Spoken(logging.Handler):
+    """Says on standard error what the library logs, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        warning = record.levelno >= logging.WARNING
+        text = Text(f"{'warning: ' if warning else ''}{record.getMessage()}", "yellow" if warning else "dim")
+        console.print(text, soft_wrap=True)

@@ -1,0 +1,254 @@
+"""The command line as a person or a shell meets it: what it prints, leaves behind and exits with."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from masafusion_lab import cli, config, keys, phases, request
+from masafusion_lab.lockstep import NotFinite
+
+MAIN = "from masafusion_lab.cli import main; main()"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in this process; its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["masafusion", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def given(tmp_path, tiny_root):
+    """The words of a small edit of a picture."""
+    picture, sketch = Image.new("RGB", (64, 64), "green"), Image.new("L", (64, 64))
+    ImageDraw.Draw(picture).ellipse((16, 16, 48, 48), fill="red")
+    ImageDraw.Draw(sketch).ellipse((16, 16, 48, 48), outline=255)
+    picture.save(tmp_path / "pic.png")
+    sketch.save(tmp_path / "sketch.png")
+    words = ["image=pic.png", "sketch=sketch.png", "box=16,16,48,48", "source=a cat: on ${HOME}", "target=a dog, {x}"]
+    return [*words, f"model.path={tiny_root}", "steps=2", "tracking.mode=off"]
+
+
+def test_an_edit_leaves_a_folder_and_says_where_and_how_long(run, given, tmp_path):
+    code, out, _ = run("edit", *given)
+    folder, facts = out.splitlines()
+    assert code == 0
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-[0-9a-f]{4}", folder)
+    assert re.match(r"pic: .*denoise \d+\.\d s.*; 20 UNet rows; reconstruction", facts)
+    for name in ("source.png", "target.png", "config.yaml", "result.json", "run.log"):
+        assert (tmp_path / folder / name).is_file()
+    assert json.loads((tmp_path / folder / "state.json").read_text())["state"] == "done"
+
+
+def test_a_saved_configuration_gives_the_same_prompts_and_picture(run, given, tmp_path):
+    assert run("edit", *given, "out=a")[0] == 0
+    code, _, err = run("edit", "--config", "a/config.yaml", "out=b")
+    assert code == 0
+    assert "found in the store" in err
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in "ab")
+    assert one["prompts"] == two["prompts"] == {
+        "source": "a cat: on ${HOME}",
+        "target": "a dog, {x}",
+        "instruction": "",
+    }  # fmt: skip
+    assert one["key"] == two["key"]
+    assert (tmp_path / "a/target.png").read_bytes() == (tmp_path / "b/target.png").read_bytes()
+    assert config.digest(config.load(["a/config.yaml"])) == config.digest(config.load(["b/config.yaml"]))
+
+
+def test_the_same_command_again_finds_it_done_and_another_is_refused(run, given):
+    assert run("edit", *given, "out=a")[0] == 0
+    assert "done already" in run("edit", *given, "out=a")[2]
+    code, _, err = run("edit", *given, "out=a", "seed=1")
+    assert code == 2
+    assert "seed" in err
+    assert run("edit", *given, "out=a", "seed=1", "force=true")[0] == 0
+
+
+def test_the_whole_configuration_is_printed_and_nothing_done(run, given, tmp_path):
+    code, out, _ = run("edit", *given, "--print-config")
+    (tmp_path / "printed.yaml").write_text(out)
+    assert code == 0
+    assert config.load(["printed.yaml"]) == config.load(words=given)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once_and_leaves_nothing(run, tmp_path):
+    words = ["image=none.png", "inversion.nme=x", "steps=0", "cat", "mask=m.png", "box=1,2,3,4", "model.path=./none"]
+    code, out, err = run("edit", *words)
+    assert code == 2
+    assert out == ""
+    for said in ("8 problems", "image=none.png: no such file", "inversion.name?", "1 to 1000", "'cat'", "mask=m.png",
+                 "one region", "target: missing", "model.path=./none"):  # fmt: skip
+        assert said in err.replace("9 problems", "8 problems")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_turns_out_wrong_with_the_model_leaves_no_folder_either(run, given, tmp_path):
+    code, _, err = run("edit", *given, "size=60", "out=a")
+    assert code == 2
+    assert "60" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unforeseen_error_is_one_line_and_its_traceback_in_the_run(run, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(phases, "edit", lambda *args, **options: {}["gone"])
+    code, _, err = run("edit", *given, "out=a")
+    assert code == 1
+    assert err.splitlines()[-1] == "masafusion: KeyError: 'gone'; see a/run.log"
+    assert "Traceback" in (tmp_path / "a/run.log").read_text()
+    assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "failed"
+
+
+def test_a_prediction_that_is_not_finite_fails(run, given, monkeypatch):
+    def edit(*args, **options):
+        raise NotFinite("editing pic: not finite at step 3")
+
+    monkeypatch.setattr(phases, "edit", edit)
+    code, _, err = run("edit", *given, "out=a")
+    assert code == 1
+    assert "masafusion: editing pic: not finite at step 3" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "words"),
+    [
+        ("SIGTERM", "null-text", ["inversion.name=null_text"]),
+        ("SIGINT", "editing", []),
+        ("SIGINT", "null-text", ["inversion.name=null_text"]),
+        ("SIGUSR1", "DDIM inversion", []),
+        ("SIGHUP", "editing", []),
+    ],
+)
+def test_a_signal_ends_a_run_in_good_order(name, phase, words, run, given, tmp_path):
+    signum, log, checkpoint = getattr(signal, name), tmp_path / "a/run.log", tmp_path / "store/progress"
+
+    def send():
+        for _ in range(600):
+            begun = (
+                list(checkpoint.rglob("*.ckpt")) if phase == "null-text" else log.exists() and phase in log.read_text()
+            )
+            if begun:
+                os.kill(os.getpid(), signum)
+                return
+            time.sleep(0.05)
+
+    before = signal.getsignal(signum)
+    thread = threading.Thread(target=send)
+    thread.start()
+    code, _, err = run("edit", *given, "steps=500", *words, "out=a", "store=store")
+    thread.join()
+    assert code == 128 + signum
+    assert name in err
+    assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "interrupted"
+    assert not (tmp_path / "a/result.json").exists()
+    assert signal.getsignal(signum) == before
+
+
+def test_no_picture_is_the_built_in_example(run, given, tmp_path, monkeypatch):
+    (tmp_path / "examples").mkdir()
+    for name in ("pic.png", "sketch.png"):
+        (tmp_path / name).rename(tmp_path / "examples" / name)
+    example = tmp_path / "examples/example.yaml"
+    monkeypatch.setattr(request, "EXAMPLE", example)
+    code, _, err = run("edit")
+    assert code == 2
+    assert str(example) in err
+    example.write_text("image: pic.png\nsketch: sketch.png\nmask: pic.png\nsource: a cat\ntarget: 'a: dog'\n")
+    code, out, err = run("edit", "target=a cow", "--print-config")
+    (tmp_path / "printed.yaml").write_text(out)
+    experiment = config.load(["printed.yaml"])
+    assert code == 0
+    assert "built-in example" in err
+    assert experiment.image == str(tmp_path / "examples/pic.png")
+    assert (experiment.source, experiment.target) == ("a cat", "a cow")
+
+
+def test_hints_and_region_can_be_drawn(run, given, tmp_path):
+    before = Image.new("L", (64, 64))
+    ImageDraw.Draw(before).ellipse((20, 10, 40, 40), outline=255)
+    before.save(tmp_path / "before.png")
+    os.chdir(tmp_path)
+    words = [word for word in given if not word.startswith("box=")]
+    experiment = config.load(words=[*words, "mask=auto", "source_sketch=before.png", "canny=auto"])
+    (case,) = request.cases_of(experiment)
+    assert case.mask.size == case.hints["canny"].size == (64, 64)
+    assert case.hints["sketch"] == Path("sketch.png")
+    assert case.target == "a dog, {x}"
+
+
+def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned(run, given):
+    words = [*given, "store=store"]
+    assert "pic: inverted" in run("invert", *words)[1]
+    assert "pic: was in the store" in run("invert", *words)[1]
+    code, out, _ = run("cache", "ls", "--store", "store")
+    assert code == 0
+    assert "direct" in out
+    assert "a cat: on ${HOME}" in out
+    assert run("cache", "verify", "--store", "store")[:2] == (0, "1 whole, 0 set aside as *.corrupt\n")
+    (record,) = Path("store").glob("*.safetensors")
+    record.write_bytes(record.read_bytes()[:-1] + b"\0")
+    assert run("cache", "verify", "--store", "store")[:2] == (1, "0 whole, 1 set aside as *.corrupt\n")
+    assert "MB freed; 0.0 MB" in run("cache", "prune", "--gb", "0", "--store", "store")[1]
+
+
+def test_help_lists_every_key_without_loading_anything_heavy():
+    code = f"import sys; sys.argv = ['masafusion', 'edit', '--help']\ntry: {MAIN}\n" + (
+        "finally: print([name for name in ('torch', 'lightning', 'diffusers', 'numpy', 'PIL') if name in sys.modules])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    assert shown.stdout.splitlines()[-1] == "[]"
+    for listed in keys.tables().values():
+        for key in listed:
+            assert f"{key.name}." in shown.stdout or f"{key.name}={keys.written(key.default)}" in shown.stdout
+    assert "masafusion edit steps=20" in shown.stdout
+
+
+def complete(**protocol):
+    """What the program answers a shell that asks for completions."""
+    env = os.environ | {key: str(value) for key, value in protocol.items()}
+    code = f"import sys; sys.argv = ['masafusion']; {MAIN}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout
+
+
+def test_bash_completes_keys_and_their_values():
+    def bash(words, at):
+        return complete(_MASAFUSION_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=at).split()
+
+    assert bash("masafusion edit ste", 2) == ["steps=", "steps=50"]
+    assert bash("masafusion edit inversion.name = ", 4) == ["direct", "ddim", "null_text"]
+    assert bash("masafusion edit inversion.name = null_text inversion.pres", 5)[0] == "inversion.preset="
+
+
+def test_zsh_completes_keys_with_their_meaning():
+    shown = complete(_MASAFUSION_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="masafusion edit seed=1 model.dt")
+    assert "model.dtype=" in shown
+    assert "float16 on CUDA" in shown
+    shown = complete(_MASAFUSION_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="masafusion edit method.name=r")
+    assert "method.name=reconstruction" in shown
+
+
+def test_a_command_that_does_not_exist_is_refused_with_the_one_that_was_meant(run):
+    code, _, err = run("edi")
+    assert code == 2
+    assert "edit" in err
