@@ -1,4 +1,4 @@
-"""The whole recipe, part after part, each resumed where it was: `python -m experiments.picturebook.all [root=FOLDER]`."""
+"""The whole recipe, each part resumed where it was: `python -m experiments.picturebook.all [root=FOLDER]`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ KINDS: dict[str, Callable[[Scene, int], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Album:
-    """The first `count` pictures of a split, drawn once: uint8 (count, size, size[, 3]), with every wording's caption."""
+    """The first `count` pictures of a split, drawn once, uint8 (count, size, size[, 3]), and all their captions."""
 
     folder: Path
     split: str = "train"
@@ -71,7 +71,7 @@ class Album:
         path = self.folder / f"{self.split}-{self.count}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            told = [[caption(self.scene(i), w) for w in range(WORDINGS)] for i in range(self.count)]
+            told = [[caption(s, w) for w in range(WORDINGS)] for s in map(self.scene, range(self.count))]
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(told))
             part.replace(path)

@@ -1,4 +1,4 @@
-"""Write what is trained so far as the diffusers folder that ships: `python -m experiments.picturebook.export [out=...]`."""
+"""Write what is trained as the diffusers folder that ships: `python -m experiments.picturebook.export [out=...]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
@@ -25,7 +26,7 @@ class Export(Settings):
 
 
 def export(s: Export) -> Path:
-    """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder. A part not trained yet is left out."""
+    """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder. A part not trained is left out."""
     out, towers = Path(s.out), clip.trained(s)
     text = CLIPTextModel(towers.config.text_config)
     text.load_state_dict(towers.text_model.state_dict())
@@ -33,7 +34,7 @@ def export(s: Export) -> Path:
         vae=autoencoder.trained(s), text_encoder=text, tokenizer=clip.words(s), unet=unet.trained(s),
         scheduler=DDIMScheduler(**unet.SCHEDULER), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
-    ).to("cpu").half().save_pretrained(out)  # fmt: skip
+    ).to(dtype=torch.float16).save_pretrained(out)  # fmt: skip
     towers.half().save_pretrained(out / "clip")
     clip.words(s).save_pretrained(out / "clip")
     for kind in adapter.CHANNELS:

@@ -19,23 +19,24 @@ from masafusion_lab.picturebook.judge import LOOKS, Judge, answers, keep
 
 @dataclass
 class Judging(Settings):
-    """noise: the largest deviation of fine and of coarse noise; light: the largest change of brightness."""
+    """told: pictures to learn from; noise: the largest deviation of fine and of coarse noise; light: of brightness."""
 
     steps: int = 1200
     batch: int = 64
     lr: float = 2e-3
     cooldown: float = 0.5
     decay: float = 0.99
+    told: int = 30_000
     noise: float = 0.05
     light: float = 0.08
 
 
-def told(album: Album) -> tuple[np.ndarray, np.ndarray]:
-    """The answers to all pictures of an album, (N,) and (N, 12, 6); kept beside them."""
-    path = album.folder / f"{album.split}-{album.count}-answers.npz"
+def told(album: Album, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The answers to the first pictures of an album, (count,) and (count, 12, 6); kept beside them."""
+    path = album.folder / f"{album.split}-{count}-answers.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        backgrounds, tables = zip(*(answers(album.scene(i)) for i in range(album.count)), strict=True)
+        backgrounds, tables = zip(*(answers(album.scene(i)) for i in range(count)), strict=True)
         part = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(part, background=backgrounds, table=np.stack(tables).astype(np.float16))
         part.replace(path)
@@ -73,12 +74,13 @@ class Training(Part):
         super().__init__(s)
         self.judge = Judge()
         self.wear = (s.noise, s.light)
-        self.album, (self.background, self.table) = s.album(), told(s.album())
+        self.pictures = s.album().pictures
+        self.background, self.table = told(s.album(), min(s.told, s.pictures))
 
     def batch(self, g: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, 128, 128) with their answers (B,), (B, 12, 6)."""
         which = np.sort(g.integers(len(self.table), size=self.s.batch))
-        pictures = worn(pixels(self.album.pictures[which]), g, *self.wear)
+        pictures = worn(pixels(self.pictures[which]), g, *self.wear)
         return pictures, torch.from_numpy(self.background[which]), torch.from_numpy(self.table[which])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], k: int) -> Any:

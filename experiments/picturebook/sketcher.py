@@ -26,7 +26,6 @@ class Sketching(Settings):
     lr: float = 2e-3
     cooldown: float = 0.5
     decay: float = 0.99
-    pictures: int = 20_000  # those of the adapters, whose sketches are drawn already
     noise: float = 0.05
     light: float = 0.08
 

@@ -6,13 +6,12 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.picturebook import autoencoder, clip
 from experiments.picturebook.data import SIZE, Album, pixels
@@ -51,7 +50,7 @@ def build(s: Unet, width: int) -> UNet2DConditionModel:
 
 @torch.no_grad()
 def latents(vae: AutoencoderKL, album: Album) -> np.ndarray:
-    """The means (count, 4, size / 4, size / 4) of an album, scaled, float16 on disk, kept by the autoencoder's bytes."""
+    """The means (count, 4, size / 4, size / 4) of an album, scaled, float16 on disk under its digest."""
     digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.parameters())).hexdigest()[:8]
     path = album.folder / f"latents-{album.split}-{album.count}-{album.size}-{digest}.npy"
     if not path.exists():

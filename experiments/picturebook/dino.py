@@ -1,0 +1,134 @@
+"""DINO (Caron et al. 2021): a ViT that learns without labels that crops of one picture are alike; its CLS token scores
+how near two pictures are, independently of CLIP."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTModel
+
+from experiments.picturebook.data import SIZE, pixels
+from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+
+
+@dataclass
+class Dino(Settings):
+    """views: two global ones, then local ones of half the side; momentum: of the teacher; light: of the jitter."""
+
+    steps: int = 600
+    batch: int = 64
+    lr: float = 1e-3
+    decay: float = 0.99
+    width: int = 192
+    layers: int = 6
+    patch: int = 16
+    views: int = 6
+    prototypes: int = 1024
+    momentum: float = 0.99
+    light: float = 0.15
+    student: float = 0.1  # temperatures
+    teacher: float = 0.04
+
+
+def build(s: Dino) -> ViTModel:
+    """The untrained ViT."""
+    return ViTModel(
+        ViTConfig(hidden_size=s.width, intermediate_size=4 * s.width, num_hidden_layers=s.layers,
+                  num_attention_heads=s.width // 64, image_size=SIZE, patch_size=s.patch),
+        add_pooling_layer=False,
+    )  # fmt: skip
+
+
+class Network(nn.Module):
+    """The ViT and a head of prototypes."""
+
+    def __init__(self, s: Dino) -> None:
+        super().__init__()
+        self.vit = build(s)
+        self.head = nn.Sequential(nn.Linear(s.width, 2 * s.width), nn.GELU(), nn.Linear(2 * s.width, 128))
+        self.prototypes = nn.Parameter(torch.randn(s.prototypes, 128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cosines (B, prototypes), float32, of the CLS tokens of pictures in [-1, 1]."""
+        cls = self.vit(x, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        y = self.head(cls).float()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for the teacher's temperature
+            return F.linear(F.normalize(y), F.normalize(self.prototypes))
+
+
+def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float], light: float) -> Tensor:
+    """A crop of each picture (B, 3, H, W) in [0, 1], of such a part of its area, mirrored or not, in [-1, 1]."""
+    b = len(x)
+    side = np.sqrt(g.uniform(*scale, b))
+    grid = np.zeros((b, 2, 3), np.float32)
+    grid[:, 0, 0], grid[:, 1, 1] = side * g.choice([-1, 1], b), side
+    grid[:, :, 2] = g.uniform(-1, 1, (b, 2)) * (1 - side)[:, None]
+    at = F.affine_grid(torch.from_numpy(grid), [b, 3, size, size], align_corners=False)
+    crop = F.grid_sample(x, at, padding_mode="border", align_corners=False)
+    return (
+        2 * (crop * torch.from_numpy(g.uniform(1 - light, 1 + light, (b, 3, 1, 1)).astype(np.float32))).clamp(0, 1) - 1
+    )
+
+
+class Training(Part):
+    """Every view of the student says what the teacher, its running average, says of a global view of the picture."""
+
+    def __init__(self, s: Dino) -> None:
+        super().__init__(s)
+        self.student = Network(s)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(s.prototypes))
+        self.pictures = s.album().pictures
+
+    def batch(self, g: np.random.Generator) -> list[Tensor]:
+        """The views, global ones first."""
+        s: Any = self.s
+        x = pixels(self.pictures[np.sort(g.integers(len(self.pictures), size=s.batch))])
+        large = [view(x, g, SIZE, (0.5, 1.0), s.light) for _ in range(2)]
+        return large + [view(x, g, SIZE // 2, (0.12, 0.5), s.light) for _ in range(s.views - 2)]
+
+    def training_step(self, views: list[Tensor], k: int) -> Any:
+        """The cross-entropy of all pairs of a teacher's and another view; `used`: how many prototypes are in use."""
+        s: Any = self.s
+        large, small = torch.cat(views[:2]), torch.cat(views[2:])
+        with torch.no_grad():
+            out = self.teacher(large)
+            said = ((out - self.center) / s.teacher).softmax(-1).chunk(2)
+            self.center.lerp_(out.mean(0), 0.1)
+        guessed = [
+            y for x in (large, small) for y in (self.student(x) / s.student).log_softmax(-1).split(len(views[0]))
+        ]
+        loss = torch.stack(
+            [-(p * q).sum(-1).mean() for i, p in enumerate(said) for j, q in enumerate(guessed) if i != j]
+        )
+        used = torch.special.entr(torch.cat(said).mean(0)).sum().exp()
+        self.log_dict({"loss": loss.detach().mean(), "used": used}, on_step=False, on_epoch=True, batch_size=s.batch)
+        return loss.mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The teacher follows."""
+        for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            slow.data.lerp_(fast.data, 1 - self.s.momentum)  # type: ignore[attr-defined]
+
+
+def trained(s: Settings) -> ViTModel:
+    """The teacher's ViT."""
+    return frozen(build(settings(Dino, [f"root={s.root}"])), weights(s, "dino", "teacher.vit"))
+
+
+def main(words: list[str] | None = None) -> None:
+    """Train it, and write the folder that ships: pictures of 128x128 pixels in [-1, 1]."""
+    s = settings(Dino, words)
+    fit(Training, s, "dino")
+    trained(s).half().save_pretrained(Path(s.root) / "dino" / "model")
+
+
+if __name__ == "__main__":
+    main()
