@@ -133,16 +133,14 @@ def test_a_prediction_that_is_not_finite_fails(run, given, monkeypatch):
     [
         ("SIGTERM", "null-text", ["inversion.name=null_text"]),
         ("SIGINT", "editing", []),
-        ("SIGINT", "null-text", ["inversion.name=null_text"]),
-        ("SIGUSR1", "DDIM inversion", []),
-        ("SIGHUP", "editing", []),
+        ("SIGHUP", "DDIM inversion", []),
     ],
 )
 def test_a_signal_ends_a_run_in_good_order(name, phase, words, run, given, tmp_path):
     signum, log, checkpoint = getattr(signal, name), tmp_path / "a/run.log", tmp_path / "store/progress"
 
     def send():
-        for _ in range(600):
+        for _ in range(2000):
             begun = (
                 list(checkpoint.rglob("*.ckpt")) if phase == "null-text" else log.exists() and phase in log.read_text()
             )
@@ -154,7 +152,7 @@ def test_a_signal_ends_a_run_in_good_order(name, phase, words, run, given, tmp_p
     before = signal.getsignal(signum)
     thread = threading.Thread(target=send)
     thread.start()
-    code, _, err = run("edit", *given, "steps=500", *words, "out=a", "store=store")
+    code, _, err = run("edit", *given, "steps=60", *words, "out=a", "store=store")
     thread.join()
     assert code == 128 + signum
     assert name in err

@@ -9,12 +9,12 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion attention words metrics",
-    "lockstep taps model loading hub",
-    "inversion null_text store runs",
+    "schedule fusion attention words hub",
+    "lockstep model loading",
+    "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
-    "data hints editor callbacks bench sweep report launch tracking",
-    "config cli app phases doctor sync progress",
+    "data hints pidinet editor callbacks report tracking",
+    "config configfile keys request manual lab phases cli progress doctor sync",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub"}

@@ -209,13 +209,13 @@ def test_a_case_that_cannot_be_edited_is_found_before_anything_is_computed(lab, 
 
 
 def test_what_cannot_be_set_is_refused_when_the_lab_is_built(tiny_root, store):
-    for words, message in (
-        (["trainer.devices=2"], "trainer"),
-        (["inversion.name=null_text", "trainer.precision=bf16-true"], "model.dtype"),
-        (["steps=1000"], "steps"),
+    for word, message in (
+        ("trainer.devices=2", "one run has one device"),
+        ("trainer.precision=bf16-true", "set model.dtype"),
+        ("steps=1000", "between 1 and 999"),
     ):
         with pytest.raises(InputError, match=message):
-            make_lab(tiny_root, store, *words)
+            make_lab(tiny_root, store, word)
 
 
 def test_two_cases_with_one_id_are_refused(lab, tmp_path):
