@@ -156,6 +156,7 @@ def test_a_signal_ends_a_run_in_good_order(name, phase, words, run, given, tmp_p
     thread.join()
     assert code == 128 + signum
     assert name in err
+    assert "out=a goes on from here" in err
     assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "interrupted"
     assert not (tmp_path / "a/result.json").exists()
     assert signal.getsignal(signum) == before

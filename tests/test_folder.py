@@ -130,8 +130,8 @@ def test_all_mistakes_are_listed_at_once_with_their_lines(root):
         (".jsonl", '{"image": "a.png", "box": [0, 0, NaN, 1]}', "line 1: box=[0, 0, nan, 1] is not"),
         (".yaml", "- image: a.png\n- source: a: b\n", "line 2: is not YAML"),
         (".yaml", "- image: a.png\n  image: b.JPG\n", "line 1: has 'image' twice"),
-        (".yaml", "image: a.png\n", "line 1: is no list"),
-        (".yaml", "- a.png\n", "line 1: is no mapping"),
+        (".yaml", "image: a.png\n", "line 1: is not as it should be: a list"),
+        (".yaml", "- a.png\n", "line 1: is not as it should be: a list of mappings"),
         (".yaml", "- image: [a.png]\n", "line 1: image=['a.png'] is not text"),
         (".yaml", "- image: a.png\n---\n- image: b.JPG\n", "line 2: is not YAML"),
         (".yaml", "- image: \x00\n", "line 1: is not YAML"),
@@ -195,6 +195,7 @@ HOSTILE = {
     "depth, mappings": "{a: " * 2000,
     "binary": bytes(range(256)) * 100,
     "large": b"- image: a.png\n" * 2_000_000,
+    "wide": "[" + "[]," * 600_000,
     "long key": "? " + "x" * 1_000_000,
 }
 

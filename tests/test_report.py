@@ -11,7 +11,7 @@ from PIL import Image
 
 from masafusion_lab.report import decibels, difference, report, strip
 
-HOSTILE = '<script>alert("1")</script><img src=http://example.com/x.png onerror=alert(1)> & \'quoted\''
+HOSTILE = "<script>alert(\"1\")</script><img src=http://example.com/x.png onerror=alert(1)> & 'quoted'"
 
 RESULT = {
     "case": "cat",

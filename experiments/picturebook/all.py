@@ -6,9 +6,18 @@ import subprocess
 import sys
 
 PARTS = (
-    ("autoencoder",), ("clip",), ("unet",), ("adapter", "kind=sketch"), ("judge",), ("sketcher",),
-    ("adapter", "kind=canny"), ("adapter", "kind=pose"), ("dino",), ("export",),
-)  # fmt: skip
+    ("autoencoder",),
+    ("autoencoder", "decoder=true", "steps=1500", "lr=7e-4"),
+    ("clip",),
+    ("unet",),
+    ("adapter", "kind=sketch"),
+    ("judge",),
+    ("sketcher",),
+    ("adapter", "kind=canny"),
+    ("adapter", "kind=pose"),
+    ("dino",),
+    ("export",),
+)
 
 
 def main() -> None:

@@ -12,19 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.picturebook.data import SIZE, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
 
 
 @dataclass
 class Autoencoder(Settings):
-    """channels: of the levels; crop: the side of the training crops; kl: the weight of the KL term's mean."""
+    """channels: of the levels; crop: the side of the training crops; kl: the weight of the KL term's mean.
 
-    steps: int = 1400
+    decoder: afterwards train the decoder alone, on latents without noise, which stay as they are.
+    """
+
+    steps: int = 1900
     batch: int = 32
     lr: float = 1.5e-3
     channels: tuple[int, int, int] = (32, 64, 64)
     crop: int = 64
     kl: float = 1e-4
+    decoder: bool = False
 
 
 def build(s: Autoencoder) -> AutoencoderKL:
@@ -42,7 +46,11 @@ class Training(Part):
     def __init__(self, s: Autoencoder) -> None:
         super().__init__(s)
         self.kl, self.crop = s.kl, s.crop
-        self.vae = build(s).to(memory_format=torch.channels_last)
+        self.vae, self.decoder = build(s).to(memory_format=torch.channels_last), s.decoder
+        if s.decoder:
+            self.vae.load_state_dict(weights(s, "autoencoder", "vae"))
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
 
     def batch(self, g: np.random.Generator) -> Tensor:
         """Crops (B, 3, crop, crop) in [-1, 1], at places that are multiples of a latent cell."""
@@ -54,8 +62,9 @@ class Training(Part):
 
     def training_step(self, x: Tensor, k: int) -> Any:
         """L1 + MSE + kl * KL."""
-        posterior = self.vae.encode(x).latent_dist
-        out = self.vae.decode(posterior.sample()).sample.float()
+        with torch.set_grad_enabled(not self.decoder):
+            posterior = self.vae.encode(x).latent_dist
+        out = self.vae.decode(posterior.mean if self.decoder else posterior.sample()).sample.float()
         mse = F.mse_loss(out, x)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         self.log_dict({"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach()}, on_step=False, on_epoch=True)
@@ -64,7 +73,8 @@ class Training(Part):
 
 def trained(s: Settings) -> AutoencoderKL:
     """The trained network, with the factor that gives its latents of drawn pictures variance 1."""
-    vae = frozen(build(settings(Autoencoder, [f"root={s.root}"])), weights(s, "autoencoder", "vae"))
+    name = "decoder" if last(s, "decoder").exists() else "autoencoder"
+    vae = frozen(build(settings(Autoencoder, [f"root={s.root}"])), weights(s, name, "vae"))
     with torch.no_grad():
         x = vae.encode(2 * pixels(s.album().pictures[:200]) - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / float(x.std()), 4))
@@ -73,7 +83,8 @@ def trained(s: Settings) -> AutoencoderKL:
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    fit(Training, settings(Autoencoder, words), "autoencoder")
+    s = settings(Autoencoder, words)
+    fit(Training, s, "decoder" if s.decoder else "autoencoder")
 
 
 if __name__ == "__main__":

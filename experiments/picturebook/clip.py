@@ -20,13 +20,13 @@ from experiments.picturebook.training import Part, Settings, fit, frozen, settin
 class Clip(Settings):
     """width and layers of each tower; patch: the image tower's, in pixels."""
 
-    steps: int = 1200
-    batch: int = 192
+    steps: int = 450
+    batch: int = 128
     lr: float = 1e-3
     text_width: int = 128
     text_layers: int = 4
     width: int = 192
-    layers: int = 6
+    layers: int = 4
     patch: int = 16
 
 

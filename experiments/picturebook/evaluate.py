@@ -7,11 +7,11 @@ the same figures. `judge` and `sketch_ceiling` measure the instruments themselve
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from masafusion_lab.picturebook.judge import Judge, follows
 from masafusion_lab.picturebook.scene import Scene, scene
 from masafusion_lab.picturebook.sketch import sketch
 from masafusion_lab.picturebook.sketcher import Sketcher, agreement
+from masafusion_lab.runs import write_json
 
 log = logging.getLogger(__name__)
 BATCH = 25
@@ -55,15 +56,17 @@ class Told:
         return caption(self.scene, self.number % WORDINGS)
 
 
-def told(n: int, *, things: int | None = None, unseen: bool | None = None) -> list[Told]:
-    """The first n scenes of the test split; options as of `scene`."""
-    return [Told(k, scene("test", k, things=things, unseen=unseen)) for k in range(n)]
+def told(n: int | None = None, *, things: int | None = None, unseen: bool | None = None) -> Iterator[Told]:
+    """The first n scenes of the test split, or one after the other without end; options as of `scene`."""
+    for k in itertools.count() if n is None else range(n):
+        yield Told(k, scene("test", k, things=things, unseen=unseen))
 
 
-def parts(items: Sequence[Told]) -> Iterator[Sequence[Told]]:
+def parts(items: Iterable[Told]) -> Iterator[list[Told]]:
     """The items in batches."""
-    for start in range(0, len(items), BATCH):
-        yield items[start : start + BATCH]
+    items = iter(items)
+    while some := list(itertools.islice(items, BATCH)):
+        yield some
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Bench:
         return pixels(np.stack([draw(item.scene, size) for item in items]))
 
     @torch.no_grad()
-    def painted(self, items: Sequence[Told], *, sketched: bool = False) -> Iterator[tuple[Sequence[Told], Tensor]]:
+    def painted(self, items: Iterable[Told], *, sketched: bool = False) -> Iterator[tuple[Sequence[Told], Tensor]]:
         """What the model makes of the prompts, under the scenes' sketches if asked, batch by batch."""
         model, schedule = self.model, self.model.schedule(self.steps)
         plan = Plan({"x": Branch("x", "prompt", hint=Hint() if sketched else None)}, {"x": "x"})
@@ -118,10 +121,10 @@ class Bench:
             shape = (model.unet.config.in_channels, *(model.native // model.factor,) * 2)
             x = torch.stack([noise_for(self.seed, item.prompt, shape, str(item.number)) for item in some])
             *_, last = lockstep(model, plan, {"x": x.to(model.device)}, given, schedule=schedule, w=self.w)
-            log.info("painted %d to %d of %d", some[0].number, some[-1].number, len(items))
+            log.info("painted prompts %d to %d", some[0].number, some[-1].number)
             yield some, model.decode(last.x["x"]).cpu()
 
-    def shares(self, items: Sequence[Told]) -> list[dict[str, bool]]:
+    def shares(self, items: Iterable[Told]) -> list[dict[str, bool]]:
         """What of each scene the judge finds in what the model makes of its prompt."""
         return [found for some, made in self.painted(items) for found in self.found(some, made)]
 
@@ -134,13 +137,20 @@ class Bench:
     @cached_property
     def singles(self) -> list[tuple[Told, dict[str, bool]]]:
         """What the judge finds for prompts of one thing, in combinations that training shows."""
-        items = told(self.number(200), things=1, unseen=False)
+        items = list(told(self.number(200), things=1, unseen=False))
         return list(zip(items, self.shares(items), strict=True))
+
+    @property
+    def sketches(self) -> Iterator[Told]:
+        """The scenes whose sketches are followed."""
+        return told(self.number(100))
 
 
 def mean(values: Sequence[float] | Sequence[bool]) -> float:
-    """Their mean; nan if there are none."""
-    return float(np.mean(values)) if len(values) else float("nan")
+    """Their mean."""
+    if not values:
+        raise InputError("none of these few prompts asks for it; take a larger --count")
+    return float(np.mean(values))
 
 
 def psnr(a: Tensor, b: Tensor) -> list[float]:
@@ -183,16 +193,6 @@ def outlines(bench: Bench, pictures: Iterator[tuple[Sequence[Told], Tensor]]) ->
     ])  # fmt: skip
 
 
-def sketch_f1(bench: Bench) -> float:
-    """Of what the model makes of prompt and sketch."""
-    return outlines(bench, bench.painted(told(bench.number(100)), sketched=True))
-
-
-def sketch_ceiling(bench: Bench) -> float:
-    """Of the scenes' own pictures: what a model that follows every sketch would reach."""
-    return outlines(bench, ((some, bench.drawn(some)) for some in parts(told(bench.number(100)))))
-
-
 @torch.no_grad()
 def clip_retrieval(bench: Bench, draws: int = 10, among: int = 100) -> float:
     """How often a picture's own caption is the nearest of 100 different ones."""
@@ -202,14 +202,14 @@ def clip_retrieval(bench: Bench, draws: int = 10, among: int = 100) -> float:
     if not (folder / "config.json").exists():
         raise InputError(f"{folder}: missing; this model has no CLIP of its own, train it with all of its parts")
     clip, words = CLIPModel.from_pretrained(folder).float().eval(), CLIPTokenizer.from_pretrained(folder)
-    found, items = [], iter(told(2 * draws * bench.number(among)))
+    found, items = [], told()
     for _ in range(draws):
         captions: dict[str, Told] = {}
         while len(captions) < bench.number(among):
             item = next(items)
             captions.setdefault(item.prompt, item)
         pictures = 2 * bench.drawn(list(captions.values()), clip.config.vision_config.image_size) - 1
-        ids = words(list(captions), padding="max_length", return_tensors="pt").input_ids
+        ids = words(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
         scores = clip(pixel_values=pictures, input_ids=ids).logits_per_image
         found += (scores.argmax(1) == torch.arange(len(captions))).tolist()
     return mean(found)
@@ -240,16 +240,16 @@ def judge(bench: Bench) -> dict[str, float]:
 MEASURES: dict[str, tuple[float, Callable[[Bench], float | dict[str, float]]]] = {
     "vae_psnr": (30.0, lambda bench: vae(bench, psnr)),
     "vae_ssim": (0.95, lambda bench: vae(bench, ssim)),
-    "kind": (0.95, lambda bench: single(bench, "kind")),
-    "colour": (0.95, lambda bench: single(bench, "colour")),
+    "kind": (0.90, lambda bench: single(bench, "kind")),
+    "colour": (0.90, lambda bench: single(bench, "colour")),
     "background": (0.95, lambda bench: single(bench, "background")),
-    "pose": (0.90, lambda bench: single(bench, "pose")),
+    "pose": (0.85, lambda bench: single(bench, "pose")),
     "two_things": (0.70, lambda bench: whole(bench, things=2)),
-    "unseen": (0.90, lambda bench: whole(bench, things=1, unseen=True)),
-    "sketch_f1": (0.80, sketch_f1),
-    "sketch_ceiling": (0.95, sketch_ceiling),
-    "clip_retrieval": (0.90, clip_retrieval),
-    "inversion_psnr": (25.0, inversion_psnr),
+    "unseen": (0.75, lambda bench: whole(bench, things=1, unseen=True)),
+    "sketch_f1": (0.80, lambda bench: outlines(bench, bench.painted(bench.sketches, sketched=True))),
+    "sketch_ceiling": (0.95, lambda bench: outlines(bench, ((s, bench.drawn(s)) for s in parts(bench.sketches)))),
+    "clip_retrieval": (0.80, clip_retrieval),
+    "inversion_psnr": (28.0, inversion_psnr),
     "judge": (0.99, judge),
 }
 """The bar of each measure and how it is taken; of several figures the mean must pass."""
@@ -299,22 +299,23 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
     ask.add_argument("--seed", type=int, default=0, help="of the noise")
     ask.add_argument("--json", type=Path, help="a file for the figures")
-    told = ask.parse_args(words)
+    asked = ask.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        bench = Bench(Path(told.model), told.count, told.dtype, told.seed)
-        results = evaluate(bench, told.only.split(","))
+        bench = Bench(Path(asked.model), asked.count, asked.dtype, asked.seed)
+        results = evaluate(bench, asked.only.split(","))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    facts = {"model": told.model, "count": told.count, "dtype": told.dtype, "seed": told.seed, "steps": bench.steps,
+    facts = {"model": asked.model, "count": asked.count, "dtype": asked.dtype, "seed": asked.seed, "steps": bench.steps,
              "w": bench.w}  # fmt: skip
     Console().print(table(results, ", ".join(f"{name} {value}" for name, value in facts.items())))
     for key, result in results.items():
         if "error" in result:
             print(f"{key}: {result['error']}", file=sys.stderr)
-    if told.json:
-        told.json.write_text(json.dumps({**facts, "measures": results}, indent=2) + "\n")
+    if asked.json:
+        values = {key: result.get("value") for key, result in results.items()}
+        write_json(asked.json, values | facts | {"measures": results})
     return 0 if all(result["passed"] for result in results.values()) else 1
 
 

@@ -22,6 +22,7 @@ from experiments.picturebook.data import SIZE, Album, Batches
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound="Settings")
+N = TypeVar("N", bound=nn.Module)
 
 
 @dataclass
@@ -141,7 +142,7 @@ def weights(s: Settings, name: str, prefix: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(f"{prefix}."): v.float() for k, v in state.items() if k.startswith(f"{prefix}.")}
 
 
-def frozen(module: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+def frozen(module: N, state: dict[str, torch.Tensor]) -> N:
     """The module with these weights, for use only."""
     module.load_state_dict(state)
     return module.requires_grad_(False).eval()

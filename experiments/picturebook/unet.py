@@ -51,7 +51,7 @@ def build(s: Unet, width: int) -> UNet2DConditionModel:
 @torch.no_grad()
 def latents(vae: AutoencoderKL, album: Album) -> np.ndarray:
     """The means (count, 4, size / 4, size / 4) of an album, scaled, float16 on disk under its digest."""
-    digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.parameters())).hexdigest()[:8]
+    digest = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.encoder.parameters())).hexdigest()[:8]
     path = album.folder / f"latents-{album.split}-{album.count}-{album.size}-{digest}.npy"
     if not path.exists():
         log.info("encoding %d pictures of %d pixels", album.count, album.size)
