@@ -25,6 +25,8 @@ from masafusion_lab.manual import WithKeys, complete
 from masafusion_lab.progress import Spoken, bar, console
 from masafusion_lab.request import cases_of, read
 
+log = logging.getLogger(__name__)
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE...", autocompletion=complete, show_default=False, help="Keys, in any order."),
@@ -188,7 +190,7 @@ def main() -> None:
     except InputError as error:
         code = _say(error, 2)
     except interrupt.Interrupted as stop:
-        code = _say(f"{stop}; the same command with out=FOLDER goes on", stop.code)
+        code = _say(stop, stop.code)
     except Exception as error:
         code = _say(_one_line(error), 1)
     finally:
@@ -203,12 +205,13 @@ def _say(what: object, code: int) -> int:
 
 def _one_line(error: Exception) -> str:
     """What an unforeseen error says, and the file that its traceback was written to."""
-    if not hasattr(error, "log"):
+    place = getattr(error, "log", None)
+    if place is None:
         with tempfile.NamedTemporaryFile("w", prefix="masafusion-", suffix=".log", delete=False) as file:
             file.writelines(traceback.format_exception(error))
-        error.log = file.name  # type: ignore[attr-defined]
+            place = file.name
     said = " ".join(str(error).split())[:300]
-    return f"{said if isinstance(error, ArithmeticError) else f'{type(error).__name__}: {said}'}; see {error.log}"  # type: ignore[attr-defined]
+    return f"{said if isinstance(error, ArithmeticError) else f'{type(error).__name__}: {said}'}; see {place}"
 
 
 @contextmanager
@@ -232,10 +235,14 @@ def recorded(experiment: config.Experiment) -> Iterator[Path]:
                 yield folder
             except KeyboardInterrupt:
                 raise interrupt.Interrupted(signal.SIGINT) from None
+            except interrupt.Interrupted:
+                log.info("the same command with out=%s goes on from here", folder)
+                raise
             except InputError:
                 raise
             except Exception as error:
-                file.stream.writelines(traceback.format_exception(error))
+                told = {"msg": "".join(traceback.format_exception(error)), "levelname": "ERROR", "name": __name__}
+                file.emit(logging.makeLogRecord(told))
                 error.log = folder / "run.log"  # type: ignore[attr-defined]
                 raise
             finally:

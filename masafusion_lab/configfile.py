@@ -41,7 +41,7 @@ def read_yaml(path: str | Path) -> dict[str, tuple[str, Text]]:
                     if key in found:
                         raise ValueError(f"line {line}: {key} is there twice")
                     found[key] = f"{path}:{line}: ", text
-            elif isinstance(event, yaml.NodeEvent) and getattr(event, "value", "?"):
+            elif isinstance(event, yaml.NodeEvent) and not (isinstance(event, yaml.ScalarEvent) and event.value == ""):
                 raise ValueError("not a table of keys")
         return found
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -103,11 +103,11 @@ def _reached(address: str, seconds: float = 2.0) -> bool:
 
 
 def _tracking(what: str) -> Finding:
-    from masafusion_lab.tracking import _from_environment, _has_key
+    from masafusion_lab.tracking import mode_of_environment, has_key
 
-    if (mode := _from_environment()) != "online":
+    if (mode := mode_of_environment()) != "online":
         return Finding(what, "note", f"WANDB_MODE is set: W&B is {mode}")
-    if not _has_key():
+    if not has_key():
         return Finding(
             what, "note", "W&B has no key (wandb login): runs are recorded offline, to be sent by masafusion sync"
         )

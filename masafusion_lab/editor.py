@@ -142,7 +142,7 @@ class Editor(LightningModule):
         latents = {"roundtrip": x0, "reconstruction": states[-1], "target": state.x["target"]}
         if "t2i" in state.x:
             latents["intermediate"] = state.x["t2i"]
-        pictures = {}
+        pictures: dict[str, Tensor] = {}
         for name, latent in latents.items():
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()

@@ -15,7 +15,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 CHOSEN = {"inversion": ("masafusion_lab.phases", "INVERSIONS"), "method": ("masafusion_lab.methods", "METHODS")}
 """Tables whose keys depend on their `name`: the module and the dictionary in it of classes by name."""
-TYPES = {t.__name__: t for t in (bool, dict, float, int, list, str, tuple)} | {"Any": Any, "Literal": Literal}
+TYPES: dict[str, Any] = {t.__name__: t for t in (bool, dict, float, int, list, str, tuple)} | {
+    "Any": Any,
+    "Literal": Literal,
+}
 KINDS = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null", Any: "value"}
 
 
@@ -55,7 +58,7 @@ class Key:
             if self.type is Any:
                 value = value if isinstance(value, str) else f"[{', '.join(value)}]"
                 return OmegaConf.to_object(OmegaConf.from_dotlist([f"v={value}"]))["v"]  # type: ignore[index, call-overload]
-            holder = OmegaConf.structured(make_dataclass("_", [("v", self.type)]))
+            holder = OmegaConf.structured(_holder(self.type))
             OmegaConf.update(holder, "v", value)
             read = OmegaConf.to_object(holder).v  # type: ignore[union-attr]
         except (OmegaConfBaseException, ValueError, RecursionError):
@@ -63,6 +66,12 @@ class Key:
         if isinstance(read, float) and not math.isfinite(read):
             raise ValueError("must be a finite number")
         return read
+
+
+@cache
+def _holder(kind: Any) -> type:
+    """A dataclass of one field `v` of that type, whose values OmegaConf checks."""
+    return make_dataclass("Holder", [("v", kind)])
 
 
 def _is_union(kind: Any) -> bool:
@@ -139,32 +148,32 @@ def complete(incomplete: str, before: Iterable[str] = ()) -> Iterator[tuple[str,
     `before`: the words before it, from which inversion and method are known, and the key if the shell splits at "=".
     """
     words = list(before)
-    pairs = dict(word.partition("=")[::2] for word in words if "=" in word)
+    whole = "\0".join(words).replace("\0=\0", "=").split("\0")  # bash takes "=" for a word of its own
+    pairs = dict(word.partition("=")[::2] for word in whole if "=" in word)
     keys = known({table: pairs.get(f"{table}.name", name_key(table).default) for table in CHOSEN})
     name, equals, start = incomplete.partition("=")
-    if words[-1:] == ["="] or incomplete == "=":  # bash takes "=" for a word of its own
+    if words[-1:] == ["="] or (words and incomplete == "="):
         name, equals, start, prefix = words[-1 - (incomplete != "=")], "=", incomplete.lstrip("="), ""
     else:
         prefix = f"{name}="
     if equals:
         choices = keys[name].choices if name in keys else ()
         yield from ((prefix + choice, "") for choice in choices if choice.startswith(start))
-    else:
-        names = {f"{key}=": each.doc for key, each in keys.items() if get_origin(each.type) is not dict}
-        if name.startswith("trainer"):
-            names |= {f"trainer.{entry}=": "" for entry in trainer_keys()}
-        yield from ((word, doc) for word, doc in names.items() if word.startswith(incomplete))
+        return
+    names = {f"{key}=": each.doc for key, each in keys.items() if get_origin(each.type) is not dict}
+    if name.startswith("trainer"):
+        names |= {f"trainer.{entry}=": "" for entry in trainer_keys()}
+    found = [(word, doc) for word, doc in names.items() if word.startswith(incomplete)]
+    yield from found
+    if len(found) == 1 and (key := keys.get(found[0][0][:-1])) and written(key.default):
+        yield found[0][0] + written(key.default), "the default"  # a second match keeps the shell from adding a space
 
 
 def written(value: Any) -> str:
     """A value as a person writes it."""
     if isinstance(value, list | tuple):
         return f"[{','.join(map(written, value))}]"
-    return (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or value is True or value is False
-        else str(value)
-    )
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def classes(table: str) -> dict[str, tuple[str, str]]:
@@ -174,7 +183,7 @@ def classes(table: str) -> dict[str, tuple[str, str]]:
     if not isinstance(listed, ast.Dict):
         raise TypeError(f"{module}.{name} must be written as a dictionary")
     return {
-        key.value: _where(module, value.id)
+        str(key.value): _where(module, value.id)
         for key, value in zip(listed.keys, listed.values, strict=True)
         if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masafusion_lab import __version__, config
+from masafusion_lab import InputError, __version__, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared, prepare
 from masafusion_lab.inversion import Direct, Track, silent
@@ -49,8 +49,14 @@ class Lab:
     def prepare(self, case: Case) -> Prepared:
         """The tensors of a case, at the size that this model works at."""
         m = self.model
-        sizes = {"factor": m.factor, "multiple": m.multiple, "native": m.native}
-        return prepare(case, **sizes, size=self.size or None, dilate=self.dilate)
+        return prepare(
+            case,
+            factor=m.factor,
+            multiple=m.multiple,
+            native=m.native,
+            size=self.size or None,
+            dilate=self.dilate,
+        )
 
 
 def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
@@ -61,6 +67,9 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
     w, of_edit = getattr(inversion, "guidance", None), getattr(method, "guidance", None)
     if None not in (w, of_edit) and w != of_edit:
         log.warning("inversion.guidance=%g but method.guidance=%g: the source is replayed under the former", w, of_edit)
+    precision = str(experiment.trainer.get("precision", "32-true"))
+    if precision.endswith("-true") and precision != "32-true":
+        raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
     store = Store(Path(experiment.store) if experiment.store else None)
     model = StableDiffusion.load(**vars(experiment.model))
     with undisturbed():
@@ -83,8 +92,8 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
 
 def record_facts(lab: Lab, pixels: Tensor, prompt: str) -> dict[str, Any]:
     """All that the record of a picture depends on: what its key in the store is made of."""
-    settings = _settings(lab.inversion.name, lab.inversion)
-    settings.pop("checkpointing", None)  # the same embeddings with and without
+    inversion = settings(lab.inversion)
+    inversion.pop("checkpointing", None)  # the same embeddings with and without
     return {
         "picture": sha256(pixels),
         "prompt": prompt,
@@ -94,7 +103,7 @@ def record_facts(lab: Lab, pixels: Tensor, prompt: str) -> dict[str, Any]:
         "timesteps": lab.schedule.timesteps,
         "abar": sha256(lab.schedule.abar),
         "prediction": lab.schedule.prediction,
-        "inversion": settings,
+        "inversion": inversion,
         "trainer": dict(lab.trainer) if isinstance(lab.inversion, NullText) else {},
     }
 
@@ -113,8 +122,8 @@ def facts(lab: Lab) -> dict[str, Any]:
         "model": lab.model.digest(),
         "steps": len(lab.schedule),
         "seed": lab.seed,
-        "inversion": _settings(lab.inversion.name, lab.inversion),
-        "method": _settings(method_name(lab.method), lab.method),
+        "inversion": settings(lab.inversion),
+        "method": settings(lab.method),
         "changed": dict(lab.changed),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({platform.machine()})",
         "versions": {
@@ -125,29 +134,23 @@ def facts(lab: Lab) -> dict[str, Any]:
     }
 
 
-def method_name(method: Method) -> str:
-    """The name, as in `method.name=...`, of a method; its class's, if it is none of ours."""
-    return next((name for name, cls in METHODS.items() if cls is type(method)), type(method).__name__)
-
-
-def _settings(name: str, chosen: Any) -> dict[str, Any]:
-    return {"name": name, **asdict(chosen)}
+def settings(chosen: Any) -> dict[str, Any]:
+    """Name, as in `method.name=...` or `inversion.name=...`, and fields of a method or an inversion."""
+    names = {cls: name for name, cls in METHODS.items()}
+    return {"name": names.get(type(chosen)) or getattr(chosen, "name", type(chosen).__name__), **asdict(chosen)}
 
 
 def changes(experiment: config.Experiment, inversion: Any, method: Any) -> dict[str, Any]:
     """The settings that are not the defaults, by key; without the prompts and without where things are put."""
-    now = asdict(experiment) | {
-        "inversion": _settings(inversion.name, inversion),
-        "method": _settings(method_name(method), method),
-    }
-    usual = asdict(type(experiment)())
-    usual["inversion"] = asdict(type(inversion)()) | usual["inversion"]
-    usual["method"] = asdict(type(method)()) | usual["method"]
-    shown = now.keys() - {"source", "target", "instruction", "out", "store", "force", "tracking"}
-    usual_flat = dict(_flat(usual))
-    return {
-        key: value for key, value in _flat({k: v for k, v in now.items() if k in shown}) if usual_flat.get(key) != value
-    }
+    now, usual = asdict(experiment), asdict(type(experiment)())
+    for table, it in (("inversion", inversion), ("method", method)):
+        default = type(it)()
+        now[table] = settings(it)
+        usual[table] = settings(getattr(default, "resolved", default)) | {"name": usual[table]["name"]}
+    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking"):
+        del now[unshown]
+    before = dict(_flat(usual))
+    return {key: value for key, value in _flat(now) if before.get(key) != value}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,8 +66,8 @@ class StableDiffusion:
         """Load a diffusers folder or hub id, with the adapters that lie in it or are given as kind -> folder or id.
 
         `dtype` and `device` may be "auto": float16 on CUDA, else float32. `offload="model"` keeps every part in main
-        memory but while it is used; `tiling` decodes large pictures by tiles, and one at a time; `compile` compiles the
-        UNet's convolution and feed-forward blocks. Raises InputError for whatever is not a whole SD 1.x / 2.x model.
+        memory but while it is used; `tiling` encodes and decodes large pictures by tiles, one at a time; `compile`
+        compiles the UNet's residual and feed-forward blocks. Raises InputError for what is no whole SD 1.x / 2.x model.
         """
         place = choose_device(device)
         if offload not in ("none", "model"):

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from masafusion_lab.data.pictures import Prepared
 from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
 from masafusion_lab.fusion import Masked
 from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
-from masafusion_lab.lab import Lab, build, facts, method_name, record_facts, sha256
+from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
 from masafusion_lab.trainer import make, undisturbed
@@ -181,7 +181,7 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
         "mask": None if prepared.mask is None else sha256(prepared.mask),
         "hints": {kind: sha256(hint) for kind, hint in prepared.hints.items()},
         "adapters": model.digest(sorted(prepared.hints)),
-        "method": [method_name(lab.method), asdict(lab.method)],
+        "method": settings(lab.method),
         "seed": lab.seed,
         "trainer": dict(lab.trainer),
         "version": __version__,

@@ -29,8 +29,8 @@ from masafusion_lab.interrupt import Interrupted
 
 log = logging.getLogger(__name__)
 
-INDIFFERENT = ("out", "store", "force", "tracking")
-"""Keys of a configuration that change where results go and who hears of them, never the results."""
+INDIFFERENT = ("out", "store", "force", "batch", "tracking")
+"""Keys of a configuration that change how fast and where results come and who hears of them, never the results."""
 
 REMEDY = "write elsewhere with out=FOLDER"
 

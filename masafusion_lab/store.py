@@ -97,7 +97,10 @@ class Store:
             lock.release()
 
     def progress(self, key: str) -> Path:
-        """The folder, made if need be, for what an unfinished inversion needs to resume."""
+        """The folder, made if need be, for what an unfinished inversion needs to resume; claim the same key meanwhile.
+
+        Without the claim `prune` takes it for abandoned.
+        """
         folder = self.root / "progress" / key
         with explained(folder, REMEDY):
             folder.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def loggers(experiment: Any, folder: Path) -> list[Logger]:
     tracking, folder = experiment.tracking, Path(folder)
     mode = tracking.mode
     if mode == "auto" and tracking.logger == "wandb":
-        mode = _from_environment()
+        mode = mode_of_environment()
     if mode == "off":
         return []
     makers: dict[str, Callable[[], Any]] = {
@@ -120,7 +120,7 @@ def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], ste
             logger.experiment.add_image(f"{key}/{name}", array, step, dataformats="HWC")
 
 
-def _from_environment() -> str:
+def mode_of_environment() -> str:
     """The mode that WANDB_MODE says, or that follows from there being a key."""
     if wish := os.environ.get("WANDB_MODE"):
         if wish in MODES:
@@ -149,26 +149,26 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "dir": str(folder),
         "reinit": "create_new",
     }
-    settings = {"silent": True, "console": "off", "init_timeout": 15, "finish_timeout": 60}
+    settings = wandb.Settings(silent=True, console="off", init_timeout=15, finish_timeout=60)
     run = None
     with _environment(folder):
-        if mode == "online" and not _has_key():
+        if mode == "online" and not has_key():
             log.info("W&B has no key (wandb login gives it one)")
         elif mode == "online":
             try:
-                run = wandb.init(mode="online", resume="allow", settings=wandb.Settings(**settings), **options)
+                run = wandb.init(mode="online", resume="allow", settings=settings, **options)
                 log.info("W&B: %s", run.url)
             except Exception as error:  # no network, a wrong key
                 log.warning("W&B: %s", _one_line(error))
         if run is None:
-            run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
-            log.info("W&B: recorded offline; `masafusion sync %s` sends it later", folder)
+            run = wandb.init(mode="offline", settings=settings, **options)
+            log.info("W&B: %srecorded offline; `masafusion sync %s` sends it later", why, folder)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run, save_dir=folder)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether W&B finds a key in the environment or in a netrc file."""
     from wandb import Settings
     from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -176,7 +176,7 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     settings = Settings()
-    settings.update_from_env_vars(os.environ)
+    settings.update_from_env_vars(dict(os.environ))
     return read_netrc_auth(host=settings.base_url) is not None
 
 

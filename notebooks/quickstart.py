@@ -5,6 +5,7 @@
 # drawn by the package itself, and the model is a small latent diffusion model that was trained on such pictures.
 
 # %%
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,6 +32,7 @@ def show(**pictures):
 
 # %%
 case = next(cases("test", [0], kinds=["pose"]))
+case = replace(case, hints={"sketch": case.hints["sketch"]})  # of the conditions that are known, one will do
 print(f"{case.source!r} -> {case.target!r}")
 show(source=case.image, truth=case.truth, region=case.mask, sketch=case.hints["sketch"])
 

@@ -89,8 +89,8 @@ def test_psnr_of_equal_pictures_is_infinite():
 class Full:
     """Runs out of memory a number of times, as a forward hook."""
 
-    def __init__(self, times, error=torch.OutOfMemoryError("CUDA out of memory.")):
-        self.times, self.error, self.rows = times, error, []
+    def __init__(self, times, error=None):
+        self.times, self.error, self.rows = times, error or torch.OutOfMemoryError("CUDA out of memory."), []
 
     def __call__(self, module, args, output):
         self.rows.append(len(args[0]))

@@ -58,7 +58,7 @@ def test_nan_while_editing_is_found_at_its_step_and_no_picture_is_written(lab, t
 
 def test_nan_of_the_autoencoder_is_found_and_no_picture_is_written(lab, tmp_path):
     lab.model.vae.decoder.register_forward_hook(lambda module, args, out: out * float("nan"))
-    with pytest.raises(NotFinite, match="editing cat: the autoencoder's .* not finite"):
+    with pytest.raises(NotFinite, match=r"editing cat: the autoencoder's .* not finite"):
         phases.edit(lab, [case()], tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.png"))
 
@@ -187,6 +187,7 @@ def outcome(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command_line_ends_with_143_and_the_run_goes_on(tiny_root, tmp_path):
     env = {**os.environ, "MASAFUSION_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     words = command(tiny_root, tmp_path, f"out={tmp_path / 'run'}", "inversion.inner_steps=12")

@@ -191,7 +191,7 @@ HOSTILE = {
     "recursive alias": "&a [*a]\n",
     "merge": "- &x {image: a.png}\n- {<<: *x}\n",
     "depth, flow": "[" * 2000 + "]" * 2000,
-    "depth, block": "".join(f"{' ' * i}-\n" for i in range(2000)),
+    "depth, block": "".join(f"{' ' * i}-\n" for i in range(1500)),
     "depth, mappings": "{a: " * 2000,
     "binary": bytes(range(256)) * 100,
     "large": b"- image: a.png\n" * 2_000_000,

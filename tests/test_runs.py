@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import reduce
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from masafusion_lab.runs import (
 )
 
 fork = multiprocessing.get_context("fork")
-CONFIG = "seed: 0\nsource: 'a cat: on ${HOME}'\nmethod:\n  name: masafusion\nout: there\nforce: false\n"
+CONFIG = "seed: 0\nsource: 'a cat: on ${HOME}'\nmethod:\n  name: masafusion\nout: there\nforce: false\nbatch: 1\n"
 
 
 def state(folder):
@@ -259,7 +260,8 @@ def test_a_run_says_how_it_ended(tmp_path):
 def test_another_configuration_is_refused_by_its_differing_keys(tmp_path):
     with Run(tmp_path, CONFIG):
         pass
-    with Run(tmp_path, CONFIG.replace("there", "elsewhere").replace("force: false", "force: true")):
+    indifferent = {"there": "elsewhere", "force: false": "force: true", "batch: 1": "batch: 4"}
+    with Run(tmp_path, reduce(lambda text, change: text.replace(*change), indifferent.items(), CONFIG)):
         pass
     other = CONFIG.replace("seed: 0", "seed: 1").replace("masafusion", "p2p")
     with pytest.raises(

@@ -66,6 +66,7 @@ def real(realdata, small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_model_of_full_size_edits_a_photograph(tmp_path):
     subprocess.run([sys.executable, "-m", "experiments.random_sd", tmp_path / "sd"], check=True, capture_output=True)
     coffee = pytest.importorskip("skimage.data").coffee()
@@ -110,6 +111,7 @@ def test_the_full_one_has_as_many_parameters_as_sd_1_4():
 
 
 @pytest.mark.realdata
+@pytest.mark.timeout(600)
 def test_an_edit_of_the_cat_reconstructs_what_its_autoencoder_can(realdata, real, tmp_path):
     files = {"image": "im", "mask": "mask", "sketch": "edge_2"}
     files = {key: realdata / f"{CAT}{name}.png" for key, name in files.items()}

@@ -24,13 +24,16 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 
 @dataclass
 class Unet(Settings):
-    """coarse: so many first steps see pictures of half the side; snr: of min-SNR weighting; drop: of prompts."""
+    """coarse: so many first steps see pictures of half the side, in batches of twice the size.
+
+    snr: of min-SNR weighting; drop: the part of the prompts that is left out.
+    """
 
     steps: int = 16_000
-    batch: int = 32
+    batch: int = 16
     lr: float = 6e-4
     warmup: int = 300
-    decay: float = 0.999
+    decay: float = 0.995
     epoch: int = 100
     coarse: int = 5000
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
@@ -81,13 +84,14 @@ class Training(Part):
     def batch(self, g: np.random.Generator) -> tuple[Tensor, ...]:
         """Latents (B, 4, h, w), noise alike, timesteps (B), and ids (B, n) of a wording, of "" where dropped."""
         s: Any = self.s
-        which = np.sort(g.integers(len(self.ids), size=s.batch))
-        x = self.coarse if self.trainer.global_step < s.coarse else self.fine
+        coarse = self.trainer.global_step < s.coarse
+        n, x = (2 * s.batch, self.coarse) if coarse else (s.batch, self.fine)
+        which = np.sort(g.integers(len(self.ids), size=n))
         x0 = torch.from_numpy(x[which]).float().to(memory_format=torch.channels_last)
-        ids = self.ids[which, g.integers(self.ids.shape[1], size=s.batch)]
-        ids[g.random(s.batch) < s.drop] = self.empty
+        ids = self.ids[which, g.integers(self.ids.shape[1], size=n)]
+        ids[g.random(n) < s.drop] = self.empty
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32)).to(memory_format=torch.channels_last)
-        return x0, noise, torch.from_numpy(self.timesteps(g.random(s.batch))), torch.from_numpy(ids)
+        return x0, noise, torch.from_numpy(self.timesteps(g.random(n))), torch.from_numpy(ids)
 
     def timesteps(self, u: np.ndarray) -> np.ndarray:
         """Timesteps from numbers in [0, 1)."""

@@ -25,7 +25,7 @@ COLUMNS = (*TEXTS, "image", "mask", "box", *HINTS, "truth")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """Of the files in a folder that are taken for pictures."""
 
-LARGEST = 16_000_000
+LARGEST, LARGEST_YAML = 16_000_000, 2_000_000
 """Bytes of a manifest."""
 
 Row = tuple[str, Mapping[str, Any]]
@@ -54,10 +54,13 @@ def read_cases(path: Path) -> list[Case]:
     root = (path if path.is_dir() else path.parent).resolve()
     cases: dict[str, Case] = {}
     first: dict[str, str] = {}
+    strange: set[str] = set()  # columns, each told once
     for where, row in rows:
         wrong: list[str] = []
         case = _case(row, root, wrong)
-        if case is not None and case.id in first:
+        wrong[:0] = [_strange(column) for column in row if column not in {*COLUMNS, *strange}]
+        strange.update(row)
+        if case is not None and case.id in cases:
             wrong.append(f"id {case.id!r} is that of {first[case.id]}; give each case its own")
         elif case is not None:
             cases[case.id], first[case.id] = case, where
@@ -138,6 +141,8 @@ def _jsonl(text: str) -> Iterator[Row]:
 
 def _yaml(text: str) -> Iterator[Row]:
     """A list of mappings of scalars, each as it is written; what could run, refer or nest is refused unread."""
+    if len(text) > LARGEST_YAML:
+        raise _Bad(1, f"is more than {LARGEST_YAML // 1_000_000} MB of YAML, which is slow to read; write .jsonl")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         depth = 0
@@ -145,9 +150,11 @@ def _yaml(text: str) -> Iterator[Row]:
             line = event.start_mark.line + 1
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise _Bad(line, "has a tag, an anchor or an alias; put text that begins with ! & * in quotes")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 3:
-                raise _Bad(line, f"is nested; {_SHAPE}")
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > len(_SHAPE) or not isinstance(event, _SHAPE[depth - 1]):
+                    raise _Bad(line, _SAID)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
         node = yaml.compose(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -155,18 +162,19 @@ def _yaml(text: str) -> Iterator[Row]:
     except yaml.YAMLError as error:
         raise _Bad(1, f"is not YAML ({' '.join(str(error).split())})") from None
     if node is not None and not isinstance(node, yaml.SequenceNode):
-        raise _Bad(node.start_mark.line + 1, f"is no list; {_SHAPE}")
+        raise _Bad(node.start_mark.line + 1, _SAID)
     for item in node.value if node else ():
         line = item.start_mark.line + 1
         if not isinstance(item, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in item.value):
-            raise _Bad(line, f"is no mapping; {_SHAPE}")
+            raise _Bad(line, _SAID)
         keys = [key.value for key, _ in item.value]
         if len(set(keys)) < len(keys):
             raise _Bad(line, f"has {max(keys, key=keys.count)!r} twice")
         yield f"line {line}", {key.value: _plain(value) for key, value in item.value}
 
 
-_SHAPE = "a manifest is a list of mappings of text (- image: …)"
+_SHAPE = (yaml.SequenceStartEvent, yaml.MappingStartEvent, yaml.SequenceStartEvent)  # the last for a box
+_SAID = "is not as it should be: a list of mappings of text (- image: …)"
 
 
 def _plain(node: yaml.Node) -> Any:
@@ -174,14 +182,15 @@ def _plain(node: yaml.Node) -> Any:
     return [child.value for child in node.value] if isinstance(node, yaml.SequenceNode) else node.value
 
 
+def _strange(column: str) -> str:
+    near = difflib.get_close_matches(column, COLUMNS, 1)
+    return f"{column!r} is no column; {f'did you mean {near[0]}?' if near else 'they are ' + ', '.join(COLUMNS)}"
+
+
 def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
     """The case of a row, or None; what is wrong with it is added to the list."""
-    before = len(wrong)
     for column in row:
-        if column not in COLUMNS:
-            near = difflib.get_close_matches(str(column), COLUMNS, 1)
-            wrong.append(f"{column!r} is no column; {f'did you mean {near[0]}?' if near else ', '.join(COLUMNS)}")
-        elif column != "box" and not isinstance(row[column], str):
+        if column in COLUMNS and column != "box" and not isinstance(row[column], str):
             wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     files = {c: _inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
@@ -190,7 +199,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
         wrong.append("has no image")
     if row.get("mask") and row.get("box"):
         wrong.append("has a mask and a box; give one")
-    if len(wrong) > before:
+    if wrong:
         return None
     found = cast("dict[str, Path]", files)
     return Case(

@@ -12,15 +12,15 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.picturebook.edits import EDITS, Example, edit, session
 
 REGIONS = ("loose", "exact", "boxed")
+HINTS = ("sketch", "canny", "pose")
 
 
-def _case(example: Example, region: str) -> Case:
+def _case(example: Example, region: str, hints: Sequence[str]) -> Case:
     if region not in REGIONS:
         raise InputError(f"region: {region!r} is not one of {', '.join(REGIONS)}")
+    if strange := set(hints) - set(HINTS):
+        raise InputError(f"hints: {strange.pop()!r} is not one of {', '.join(HINTS)}")
     mask: np.ndarray = getattr(example, region)
-    hints = {"sketch": Image.fromarray(example.sketch), "canny": Image.fromarray(example.canny)}
-    if any(t.pose for t in example.target.things):
-        hints["pose"] = Image.fromarray(example.pose)
     return Case(
         id=example.id,
         image=Image.fromarray(example.source_picture),
@@ -28,7 +28,7 @@ def _case(example: Example, region: str) -> Case:
         target=example.target_prompt,
         instruction=example.instruction,
         mask=Image.fromarray(mask.astype(np.uint8) * 255),
-        hints=hints,
+        hints={kind: Image.fromarray(getattr(example, kind)) for kind in hints},
         truth=Image.fromarray(example.target_picture),
         turn=example.turn,
         session=example.session,
@@ -40,19 +40,32 @@ def _indices(which: int | Iterable[int]) -> Iterable[int]:
 
 
 def cases(
-    split: str, which: int | Iterable[int], *, kinds: Sequence[str] = EDITS, size: int = 128, region: str = "loose"
+    split: str,
+    which: int | Iterable[int],
+    *,
+    kinds: Sequence[str] = EDITS,
+    size: int = 128,
+    region: str = "loose",
+    hints: Sequence[str] = ("sketch",),
 ) -> Iterator[Case]:
     """The edits of these indices (a number: the first ones), the kinds taken in turn.
 
-    region: "loose" (as a person would paint it), "exact" (the pixels that differ) or "boxed"; sides of `size` pixels.
+    region: "loose" (as a person would paint it), "exact" (the pixels that differ) or "boxed"; sides of `size` pixels;
+    hints: of sketch, canny and pose (blank where the target has no animal).
     """
     for index in _indices(which):
-        yield _case(edit(split, index, kinds[index % len(kinds)], size), region)
+        yield _case(edit(split, index, kinds[index % len(kinds)], size), region, hints)
 
 
 def sessions(
-    split: str, which: int | Iterable[int], *, turns: int = 3, size: int = 128, region: str = "loose"
+    split: str,
+    which: int | Iterable[int],
+    *,
+    turns: int = 3,
+    size: int = 128,
+    region: str = "loose",
+    hints: Sequence[str] = ("sketch",),
 ) -> Iterator[Case]:
     """The turns of these sessions one after the other: the truth of one is the image of the next."""
     for index in _indices(which):
-        yield from (_case(example, region) for example in session(split, index, turns, size))
+        yield from (_case(example, region, hints) for example in session(split, index, turns, size))

@@ -21,7 +21,7 @@ from masafusion_lab.data.case import Box, Case, Picture
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is opened; of the others that Pillow knows, some run programs."""
 
 LARGEST = 50_000_000

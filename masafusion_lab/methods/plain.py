@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class Plain:
 
     guidance: float = 7.5
     """w of (3)."""
-    null: str = "tuned"
+    null: Literal["tuned", "empty"] = "tuned"
     """Null embedding: tuned (the record's, where it has one) or empty."""
 
     prompt = "target"

@@ -90,9 +90,9 @@ class Judge(nn.Module):
         self.colour = nn.Linear(width, len(COLOURS))
         self.pattern = nn.Linear(width, len(PATTERNS))
         self.pose = nn.Linear(width, len(ALL_POSES))
-        nn.init.constant_(self.map.bias, -4)  # a kind is absent until it is seen  # type: ignore[arg-type]
+        nn.init.constant_(self.map.bias, -4)  # type: ignore[arg-type]  # a kind is absent until it is seen
         self.register_buffer("possible", torch.tensor(POSSIBLE), persistent=False)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, folder: str | Path | None = None) -> Judge:
@@ -105,14 +105,13 @@ class Judge(nn.Module):
         maps = self.map(x).float()
         weight = maps.flatten(2).softmax(-1)  # (B, 12, 256)
         kinds = weight.to(x.dtype) @ x.flatten(2).mT  # (B, 12, width)
-        pose = self.pose(kinds).float().masked_fill(~self.possible, -1e4)
-        h, w = maps.shape[-2:]
-        y, x_ = torch.meshgrid(*((torch.arange(n, device=x.device) + 0.5) / n for n in (h, w)), indexing="ij")
-        place = weight @ torch.stack([x_, y], -1).flatten(0, 1)
-        return Verdict(
+        cells = [(torch.arange(n, device=x.device) + 0.5) / n for n in maps.shape[-2:]]
+        place = weight @ torch.cartesian_prod(*cells).flip(1)  # (B, 12, 2)
+        verdict = Verdict(
             self.background(x.mean((2, 3))).float(), maps.amax((2, 3)), self.colour(kinds).float(),
-            self.pattern(kinds).float(), pose, place,
-        ), maps  # fmt: skip
+            self.pattern(kinds).float(), self.pose(kinds).float().masked_fill(~self.possible, -1e4), place,
+        )  # fmt: skip
+        return verdict, maps
 
     @torch.no_grad()
     def forward(self, pictures: Tensor) -> Verdict:
@@ -177,11 +176,10 @@ def follows(verdict: Verdict, scene: Scene) -> dict[str, Tensor]:
     kind: they are there; alone: nothing else is; colour, pattern, pose: of those kinds; place: near where it should be.
     """
     background, table = answers(scene)
-    asked = torch.from_numpy(table)
+    asked = torch.from_numpy(table).to(verdict.place.device)
     here = asked[:, 0] > 0
     right = {
-        name: (getattr(verdict, name)[:, here].argmax(-1) == asked[here, k]).all(-1)
-        for k, name in enumerate(LOOKS, 1)
+        name: (getattr(verdict, name)[:, here].argmax(-1) == asked[here, k]).all(-1) for k, name in enumerate(LOOKS, 1)
     }
     away = (verdict.place[:, here] - asked[here, 4:]).norm(dim=-1)
     return {
@@ -210,7 +208,10 @@ def done(verdict: Verdict, example: Example) -> Tensor:
     k = KINDS.index(after.kind)
     seen = seen & shown[:, k]
     if example.attribute == "place" and before:
-        new, old = ((verdict.place[:, k] - torch.tensor(centre(t))).norm(dim=-1) for t in (after, before))
+        new, old = (
+            (verdict.place[:, k] - shown.new_tensor(centre(t), dtype=torch.float32)).norm(dim=-1)
+            for t in (after, before)
+        )
         return seen & (new < old)
     attribute, names = {"pattern": ("pattern", PATTERNS), "pose": ("pose", ALL_POSES)}.get(
         example.attribute, ("colour", COLOURS)

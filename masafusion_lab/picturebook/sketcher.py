@@ -24,13 +24,13 @@ class Sketcher(nn.Module):
         self.config = {"width": width}
         a, b, c = width, 2 * width, 3 * width
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, a, 3, 1, 1))
-        self.down = nn.ModuleList([nn.Sequential(Block(a), nn.Conv2d(a, b, 3, 2, 1)),
-                                   nn.Sequential(Block(b), nn.Conv2d(b, c, 3, 2, 1))])  # fmt: skip
+        self.fine = nn.ModuleList([Block(a), Block(b)])
+        self.down = nn.ModuleList([nn.Conv2d(a, b, 3, 2, 1), nn.Conv2d(b, c, 3, 2, 1)])
         self.middle = nn.Sequential(Block(c), Block(c))
         self.up = nn.ModuleList([nn.Conv2d(c, b, 1), nn.Conv2d(b, a, 1)])
         self.mend = nn.ModuleList([Block(b), Block(a)])
         self.out = nn.Sequential(nn.GroupNorm(8, a), nn.ReLU(), nn.Conv2d(a, 4, 3, 1, 1), nn.PixelShuffle(2))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @classmethod
     def load(cls, folder: str | Path | None = None) -> Sketcher:
@@ -41,10 +41,9 @@ class Sketcher(nn.Module):
         """Logits (B, 1, H, W) of pixels (B, 3, H, W) in [0, 1]."""
         x = self.stem(2 * pixels.contiguous(memory_format=torch.channels_last) - 1)
         passed = []
-        for level in self.down:
-            block, stride = level
+        for block, down in zip(self.fine, self.down, strict=True):
             passed.append(block(x))
-            x = stride(passed[-1])
+            x = down(passed[-1])
         x = self.middle(x)
         for up, mend, skip in zip(self.up, self.mend, reversed(passed), strict=True):
             x = mend(F.interpolate(up(x), scale_factor=2.0, mode="nearest") + skip)
