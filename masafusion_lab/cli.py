@@ -224,10 +224,11 @@ def recorded(experiment: config.Experiment) -> Iterator[Path]:
 
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(experiment.out) if experiment.out else Path("runs") / now
-    new = not folder.exists()
+    new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")
     try:
         with Run(folder, config.to_yaml(experiment), experiment.force):
+            entered = True
             file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
             file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             package.addHandler(file)
@@ -249,7 +250,7 @@ def recorded(experiment: config.Experiment) -> Iterator[Path]:
                 package.removeHandler(file)
                 file.close()
     except InputError:
-        if new and not any(folder.rglob("result.json")):
+        if new and entered and not any(folder.rglob("result.json")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

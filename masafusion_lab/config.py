@@ -162,8 +162,10 @@ def to_yaml(experiment: Experiment) -> str:
 
 def digest(experiment: Experiment) -> str:
     """sha256 of all that changes a picture: not where or how often it is computed, but the files that are named."""
+    from masafusion_lab.runs import INDIFFERENT  # brings torch
+
     values = _filled(experiment)
-    for key in ("out", "store", "force", "batch", "tracking"):
+    for key in INDIFFERENT:
         del values[key]
     del values["model"]["offload"]
     for key in FILES:

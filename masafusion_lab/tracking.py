@@ -150,10 +150,10 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "reinit": "create_new",
     }
     settings = wandb.Settings(silent=True, console="off", init_timeout=15, finish_timeout=60)
-    run = None
+    run, why = None, ""
     with _environment(folder):
         if mode == "online" and not has_key():
-            log.info("W&B has no key (wandb login gives it one)")
+            why = "no key (wandb login gives it one), so "
         elif mode == "online":
             try:
                 run = wandb.init(mode="online", resume="allow", settings=settings, **options)
