@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -158,21 +155,6 @@ def to_yaml(experiment: Experiment) -> str:
     values = _filled(experiment)
     del values["force"]
     return dump(values)
-
-
-def digest(experiment: Experiment) -> str:
-    """sha256 of all that changes a picture: not where or how often it is computed, but the files that are named."""
-    from masafusion_lab.runs import INDIFFERENT  # brings torch
-
-    values = _filled(experiment)
-    for key in INDIFFERENT:
-        del values[key]
-    del values["model"]["offload"]
-    for key in FILES:
-        if os.path.isfile(values[key]):
-            data = hashlib.sha256(Path(values[key]).read_bytes()).hexdigest()
-            values[key] = [Path(values[key]).name, data]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def inversion(experiment: Experiment) -> Any:

@@ -103,7 +103,7 @@ def _reached(address: str, seconds: float = 2.0) -> bool:
 
 
 def _tracking(what: str) -> Finding:
-    from masafusion_lab.tracking import mode_of_environment, has_key
+    from masafusion_lab.tracking import has_key, mode_of_environment
 
     if (mode := mode_of_environment()) != "online":
         return Finding(what, "note", f"WANDB_MODE is set: W&B is {mode}")

@@ -135,7 +135,7 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
 
     tracking = experiment.tracking
     (folder / "wandb").mkdir(parents=True, exist_ok=True)
-    identity = folder / "wandb" / "id"
+    identity = folder / "wandb" / "id"  # parts of a run that was cut short are sent as one
     if not identity.exists():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     options: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "name": tracking.name or folder.resolve().name,
         "tags": list(tracking.tags),
         "job_type": "invert" if experiment.cases else "edit",
-        "id": identity.read_text(encoding="utf-8"),  # parts of a run that was cut short are sent as one
+        "id": identity.read_text(encoding="utf-8"),
         "dir": str(folder),
         "reinit": "create_new",
     }
@@ -160,6 +160,8 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
                 log.info("W&B: %s", run.url)
             except Exception as error:  # no network, a wrong key
                 log.warning("W&B: %s", _one_line(error))
+                options["id"] = secrets.token_hex(4)  # W&B's service still holds the other
+                identity.write_text(options["id"], encoding="utf-8")
         if run is None:
             run = wandb.init(mode="offline", settings=settings, **options)
             log.info("W&B: %srecorded offline; `masafusion sync %s` sends it later", why, folder)
