@@ -16,13 +16,20 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import nn
 
 from experiments.picturebook.data import SIZE, Album, Batches
+from masafusion_lab.hub import PICTUREBOOK as MODEL
 
 log = logging.getLogger(__name__)
 S = TypeVar("S", bound="Settings")
 N = TypeVar("N", bound=nn.Module)
+SHIPPED = {
+    "autoencoder": MODEL / "vae" / "diffusion_pytorch_model.safetensors",
+    "clip": MODEL / "clip" / "model.safetensors",
+    "unet": MODEL / "unet" / "diffusion_pytorch_model.safetensors",
+}
 
 
 @dataclass
@@ -134,12 +141,15 @@ def fit(part: type[Part], s: Settings, name: str) -> Path:
 
 
 def weights(s: Settings, name: str, prefix: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of a part's sub-module `prefix`, float32, from its last checkpoint."""
-    path = last(s, name)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: train this part first, python -m experiments.picturebook.{name}")
-    state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
-    return {k.removeprefix(f"{prefix}."): v.float() for k, v in state.items() if k.startswith(f"{prefix}.")}
+    """The weights of a part's sub-module `prefix`, float32: the averaged ones of its last checkpoint, or the shipped."""
+    path, shipped = last(s, name), SHIPPED.get(name, Path("none"))
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+        return {k.removeprefix(f"{prefix}."): v.float() for k, v in state.items() if k.startswith(f"{prefix}.")}
+    if shipped.exists():
+        log.info("%s has no checkpoint: taken from %s", name, shipped)
+        return {k: v.float() for k, v in load_file(shipped).items()}
+    raise FileNotFoundError(f"{path}: train this part first, python -m experiments.picturebook.{name}")
 
 
 def frozen(module: N, state: dict[str, torch.Tensor]) -> N:

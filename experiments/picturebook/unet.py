@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments.picturebook import autoencoder, clip
 from experiments.picturebook.data import SIZE, Album, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
 
 log = logging.getLogger(__name__)
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -26,7 +26,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 class Unet(Settings):
     """coarse: so many first steps see pictures of half the side, in batches of twice the size.
 
-    snr: of min-SNR weighting; drop: the part of the prompts that is left out.
+    snr: of min-SNR weighting; drop: the part of the prompts that is left out; more: start from the shipped weights.
     """
 
     steps: int = 16_000
@@ -40,6 +40,7 @@ class Unet(Settings):
     heads: list[int] = field(default_factory=lambda: [2, 4, 6])
     snr: float = 5.0
     drop: float = 0.1
+    more: bool = False
 
 
 def build(s: Unet, width: int) -> UNet2DConditionModel:
@@ -80,6 +81,8 @@ class Training(Part):
         self.fine, self.coarse = (latents(vae, s.album(size=size)) for size in (SIZE, SIZE // 2))
         self.register_buffer("abar", DDIMScheduler(**SCHEDULER).alphas_cumprod, persistent=False)
         self.unet = build(s, self.text.config.hidden_size).to(memory_format=torch.channels_last)
+        if s.more and not last(s, "unet").exists():
+            self.unet.load_state_dict(weights(s, "unet", "unet"))
 
     def batch(self, g: np.random.Generator) -> tuple[Tensor, ...]:
         """Latents (B, 4, h, w), noise alike, timesteps (B), and ids (B, n) of a wording, of "" where dropped."""
