@@ -66,10 +66,8 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder:
-        loggers = tracking.loggers(experiment, folder)
+    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         folders = phases.edit(lab, cases, folder, loggers=loggers)
-        tracking.finish(loggers)
     typer.echo(folder)
     for each in folders:
         result = read_json(each / "result.json")
@@ -89,11 +87,9 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder:
-        loggers = tracking.loggers(experiment, folder)
+    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         for case, _, found in phases.invert(lab, cases, loggers=loggers):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
-        tracking.finish(loggers)
     typer.echo(lab.store.root)
 
 

@@ -99,8 +99,17 @@ class Plan:
         read = {name for b in used if i in self.branches[b].take.steps for name in self.branches[b].take.read}
         return {name: branch for name, branch in self.branches.items() if name in used | read}
 
-    def check(self, *, steps: int, layers: int, latents: Container[str], prompts: Container[str]) -> None:
-        """Raise InputError for a name that is not there, or a rule that touches no step or no layer of this model."""
+    def check(
+        self, *, steps: int, layers: int, latents: Container[str], prompts: Container[str], masked: bool, hinted: bool
+    ) -> None:
+        """Raise InputError for what is not there, or a rule that touches no step or no layer of this model.
+
+        `masked` and `hinted`: whether there is a region, and a condition for the adapter.
+        """
+        if not masked and any(isinstance(rule, Masked) for rule in self.noise.values()):
+            raise InputError("this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
+        if not hinted and any(branch.hint for branch in self.branches.values()):
+            raise InputError("this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
         for name, branch in self.branches.items():
             take = branch.take
             if branch.x not in latents:

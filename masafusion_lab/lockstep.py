@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
 from masafusion_lab.fusion import HALVES, Branch, Given, Masked, Plan
 from masafusion_lab.model import StableDiffusion
@@ -52,11 +51,9 @@ def lockstep(
         layers=sum(not site.cross for site in model.sites),
         latents={*x, *replay},
         prompts=given.prompts.keys(),
+        masked=given.mask is not None,
+        hinted=given.hint is not None,
     )
-    if given.mask is None and any(isinstance(rule, Masked) for rule in plan.noise.values()):
-        raise InputError("this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
-    if given.hint is None and any(branch.hint for branch in plan.branches.values()):
-        raise InputError("this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
     for i in range(start, len(schedule)):
         x |= {name: states[i] for name, states in replay.items()}
         branches = plan.at(i)

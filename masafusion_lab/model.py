@@ -87,7 +87,7 @@ class StableDiffusion:
     @property
     def dtype(self) -> torch.dtype:
         """The UNet's precision."""
-        return self.unet.dtype
+        return self.unet.conv_in.weight.dtype
 
     @cached_property
     def factor(self) -> int:

@@ -19,7 +19,6 @@ from masafusion_lab.callbacks import Job, Mirror, Results
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared
 from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
-from masafusion_lab.fusion import Masked
 from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.null_text import NullText
@@ -121,19 +120,21 @@ def _record(
     x0 = precisely(model, what, lambda: model.encode(pixels))
     text, empty = model.embed([p.cases[0].source for p in batch.values()]), model.embed([""] * len(batch))
     if isinstance(inversion, NullText):  # which sees to its own precision
-        record = inversion.invert(
-            model,
-            x0,
-            text,
-            empty,
-            schedule,
-            track=track,
-            folder=lab.store.progress(lab.store.key({"batch": list(batch)})),
-            trainer=lab.trainer,
-            loggers=loggers,
-            callbacks=callbacks,
-            check=interrupt.check,
-        )
+        unfinished = lab.store.key({"batch": list(batch)})
+        with lab.store.claim(unfinished):  # or a prune may take it for abandoned
+            record = inversion.invert(
+                model,
+                x0,
+                text,
+                empty,
+                schedule,
+                track=track,
+                folder=lab.store.progress(unfinished),
+                trainer=lab.trainer,
+                loggers=loggers,
+                callbacks=callbacks,
+                check=interrupt.check,
+            )
     else:
         record = precisely(model, what, lambda: inversion.invert(model, x0, text, empty, schedule, track=track))
     return Inversion(record.states.cpu(), None if record.null is None else record.null.cpu())
@@ -163,16 +164,17 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     )  # raises for words, hints and adapters
     if hasattr(lab.method, "plan"):
         plan = lab.method.plan(model.sites, len(lab.schedule))
-        plan.check(
-            steps=len(lab.schedule),
-            layers=sum(not site.cross for site in model.sites),
-            latents={branch.x for branch in plan.branches.values()},
-            prompts=("source", "target", "empty"),
-        )
-        if prepared.mask is None and any(isinstance(rule, Masked) for rule in plan.noise.values()):
-            raise InputError(f"{case.id}: this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
-        if not prepared.hints and any(branch.hint for branch in plan.branches.values()):
-            raise InputError(f"{case.id}: this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
+        try:
+            plan.check(
+                steps=len(lab.schedule),
+                layers=sum(not site.cross for site in model.sites),
+                latents={branch.x for branch in plan.branches.values()},
+                prompts=("source", "target", "empty"),
+                masked=prepared.mask is not None,
+                hinted=bool(prepared.hints),
+            )
+        except InputError as error:
+            raise InputError(f"{case.id}: {error}") from None
     record = record_facts(lab, prepared.pixels, case.source)
     depends = {
         "record": record,

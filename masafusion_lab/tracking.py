@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -101,11 +101,16 @@ def loggers(experiment: Any, folder: Path) -> list[Logger]:
     return [logger]
 
 
-def finish(loggers: Sequence[Any]) -> None:
-    """Close the records, waiting a minute at most for what is still to be sent."""
-    for logger in loggers:
-        if isinstance(logger, Guarded) and isinstance(logger.logger, WandbLogger):
-            logger.attempt(logger.logger.experiment.finish)
+@contextmanager
+def recording(experiment: Any, folder: Path) -> Iterator[list[Logger]]:
+    """The `loggers`, closed at the end whatever happens, waiting a minute at most for what is still to be sent."""
+    opened = loggers(experiment, folder)
+    try:
+        yield opened
+    finally:
+        for logger in opened:
+            if isinstance(logger, Guarded) and isinstance(logger.logger, WandbLogger):
+                logger.attempt(logger.logger.experiment.finish)
 
 
 def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], step: int, of: str) -> None:

@@ -36,7 +36,12 @@ def test_a_step_needs_only_what_it_uses_and_what_that_reads():
 def test_a_plan_that_cannot_work_says_why(branches, noise, words):
     with pytest.raises(InputError, match=words):
         Plan(branches, noise).check(
-            steps=10, layers=5, latents={"source", "target"}, prompts={"source", "target", "empty"}
+            steps=10,
+            layers=5,
+            latents={"source", "target"},
+            prompts={"source", "target", "empty"},
+            masked=True,
+            hinted=True,
         )
 
 

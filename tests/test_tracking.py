@@ -48,11 +48,10 @@ def find(tree, name):
 def test_an_offline_run_holds_configuration_losses_psnr_times_and_pictures(tiny_root, tmp_path, caplog):
     words = ("inversion.name=null_text", "inversion.inner_steps=2", "tracking.group=cats")
     folder, environment = tmp_path / "run", dict(os.environ)
-    with caplog.at_level(logging.INFO):
-        loggers = tracking.loggers(settings(*words, "source=a: b ${HOME}"), folder)
+    its = make_lab(tiny_root, tmp_path / "store", *words)
+    with caplog.at_level(logging.INFO), tracking.recording(settings(*words, "source=a: b ${HOME}"), folder) as loggers:
+        phases.edit(its, [case()], folder, loggers=loggers)
     assert f"recorded offline; `masafusion sync {folder}` sends it later" in caplog.text
-    phases.edit(make_lab(tiny_root, tmp_path / "store", *words), [case()], folder, loggers=loggers)
-    tracking.finish(loggers)
     assert {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} == environment
     text = json.dumps(records := on_record(folder))
     for name in ("nti/step", "nti/inner", "nti/loss", "nti/error", "invert/seconds", "edit/reconstruction_psnr"):
@@ -68,8 +67,8 @@ def test_an_offline_run_holds_configuration_losses_psnr_times_and_pictures(tiny_
 
 def test_parts_of_a_run_that_was_cut_short_have_one_identity(tmp_path):
     for _ in range(2):
-        loggers = tracking.loggers(settings(), tmp_path)
-        tracking.finish(loggers)
+        with tracking.recording(settings(), tmp_path):
+            pass
     runs = [path.name for path in tmp_path.glob("wandb/offline-run-*")]
     assert len({name.split("-")[3] for name in runs}) == 1
 
@@ -77,8 +76,8 @@ def test_parts_of_a_run_that_was_cut_short_have_one_identity(tmp_path):
 def test_values_that_wandb_would_choke_on_do_no_harm(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     monkeypatch.setenv("WANDB_SILENT", "")
-    loggers = tracking.loggers(settings(), tmp_path)
-    tracking.finish(loggers)
+    with tracking.recording(settings(), tmp_path):
+        pass
     assert "WANDB_MODE=nonsense is none of" in caplog.text
     assert on_record(tmp_path)
     assert (os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"]) == ("nonsense", "")
@@ -86,8 +85,8 @@ def test_values_that_wandb_would_choke_on_do_no_harm(tmp_path, monkeypatch, capl
 
 def test_a_wrong_key_ends_in_a_record_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "nonsense")
-    loggers = tracking.loggers(settings(), tmp_path)
-    tracking.finish(loggers)
+    with tracking.recording(settings(), tmp_path):
+        pass
     assert "W&B: " in caplog.text
     assert on_record(tmp_path)
     assert "nonsense" not in json.dumps(on_record(tmp_path))
@@ -97,9 +96,8 @@ def test_a_wrong_key_ends_in_a_record_offline(tmp_path, monkeypatch, caplog):
 def test_a_dead_network_ends_in_a_record_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    loggers = tracking.loggers(settings("tracking.mode=online"), tmp_path)
-    loggers[0].log_metrics({"x": 1.0})
-    tracking.finish(loggers)
+    with tracking.recording(settings("tracking.mode=online"), tmp_path) as loggers:
+        loggers[0].log_metrics({"x": 1.0})
     assert "W&B: " in caplog.text
     assert KEY not in json.dumps(on_record(tmp_path))
 

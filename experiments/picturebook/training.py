@@ -141,7 +141,7 @@ def fit(part: type[Part], s: Settings, name: str) -> Path:
 
 
 def weights(s: Settings, name: str, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of a part's sub-module `prefix`, float32: the averaged ones of its last checkpoint, or the shipped."""
+    """The weights of a part's sub-module `prefix`, float32: averaged, of its last checkpoint, or as they ship."""
     path, shipped = last(s, name), SHIPPED.get(name, Path("none"))
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
