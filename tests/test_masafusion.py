@@ -219,6 +219,8 @@ def test_without_a_region_or_a_sketch_the_remedy_is_named(case):
         run(case, MaSaFusion(), mask=None)
     with pytest.raises(InputError, match="sketch=FILE"):
         run(case, MaSaFusion(), hint=None)
+    without = run(case, MaSaFusion(hint_until=0), hint=None)[-1].x["target"]
+    assert torch.equal(without, run(case, MaSaFusion(hint_until=0))[-1].x["target"])
 
 
 @pytest.mark.parametrize("change", [{"edit_steps": (9, 12)}, {"preserve_layers": "40"}, {"edit_layers": "7:7"}])

@@ -47,7 +47,7 @@ class MaSaFusion:
     hint_scale: float = 1.0
     """Strength of the adapter's features."""
     hint_until: float = 1.0
-    """Fraction of the first steps in which the adapter is on."""
+    """Fraction of the first steps in which the adapter is on; 0 needs no drawn condition."""
     hint_on_null: bool = True
     """Whether the null half of guidance sees the adapter."""
     hint_on_preserve: bool = True
@@ -63,7 +63,8 @@ class MaSaFusion:
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The branches of Algorithm 1 for a model with these attention layers, in `steps` steps."""
-        on = Hint(Span(0, round(self.hint_until * steps)), HALVES if self.hint_on_null else ("text",))
+        until = round(self.hint_until * steps)
+        on = Hint(Span(0, until), HALVES if self.hint_on_null else ("text",)) if until else None
         outside = on if self.hint_on_preserve else None
         halves = HALVES if self.cfg_pairing == "matched" else ("text",)
         q, k, v = ("S" if letter in self.preserve else None for letter in "qkv")
