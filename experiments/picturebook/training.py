@@ -77,6 +77,10 @@ class Part(L.LightningModule):
         data = Batches(self.batch, self.s.seed, start, min(self.s.epoch, max(1, self.s.steps - start)))
         return torch.utils.data.DataLoader(data, batch_size=None)
 
+    def on_train_batch_start(self, batch: Any, k: int) -> None:
+        """Chance is a function of (seed, step), so that a resumed training is the undisturbed one."""
+        torch.manual_seed(1_000_003 * self.s.seed + self.trainer.global_step)
+
     def rate(self, step: int) -> float:
         """The factor of the learning rate at a step."""
         left = (self.s.steps - step) / max(1.0, self.s.cooldown * self.s.steps)
@@ -135,7 +139,6 @@ def fit(part: type[Part], s: Settings, name: str) -> Path:
         logger=CSVLogger(path.parent, name="log", version=""), log_every_n_steps=s.epoch,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    torch.manual_seed(s.seed + (torch.load(path, weights_only=False)["global_step"] if path.exists() else 0))
     trainer.fit(module, ckpt_path=path if path.exists() else None, weights_only=False)
     return path
 

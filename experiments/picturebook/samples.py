@@ -1,0 +1,38 @@
+"""What the model makes of test prompts, as a sheet: `python -m experiments.picturebook.samples [FILE]`."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from experiments.picturebook.evaluate import Bench, told
+from masafusion_lab.report import picture
+from masafusion_lab.runs import write_picture
+
+ROWS, COLUMNS, SIDE, TEXT = 3, 4, 192, 34
+
+
+def wrapped(prompt: str, width: int = 32) -> str:
+    """The prompt in two lines at most."""
+    cut = prompt.rfind(" ", 0, width) if len(prompt) > width else len(prompt)
+    return f"{prompt[:cut]}\n{prompt[cut + 1 :]}"
+
+
+def main() -> None:
+    """Paint and write them."""
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "examples/samples.png")
+    sheet = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + TEXT)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    items, made = next(Bench().painted(islice(told(), ROWS * COLUMNS)))
+    for k, (item, pixels) in enumerate(zip(items, made, strict=True)):
+        x, y = k % COLUMNS * SIDE, k // COLUMNS * (SIDE + TEXT)
+        sheet.paste(picture(pixels).resize((SIDE - 6, SIDE - 6), Image.Resampling.LANCZOS), (x + 3, y + 3))
+        draw.multiline_text((x + 4, y + SIDE), wrapped(item.prompt), fill="#1f2328", font=font)
+    write_picture(out, sheet)
+
+
+if __name__ == "__main__":
+    main()
