@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGHUP):  # what is started in the background is told to ignore these
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
