@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,10 +39,12 @@ def lockstep(
     w: float = 7.5,
     start: int = 0,
     taps: Sequence[Tap] = (),
+    after: Callable[[State], Mapping[str, Tensor]] | None = None,
 ) -> Iterator[State]:
     """Denoise the latents `x` together from state `start`, by the plan; yield every state after the first.
 
-    `replay`: name -> (T + 1, B, C, h, w), latents that are read from a record instead of being denoised. Raises
+    `replay`: name -> (T + 1, B, C, h, w), latents that are read from a record instead of being denoised.
+    `after`: asked about every new state; the latents that it gives take the place of the state's own. Raises
     InputError for a plan that this model and batch cannot follow, NotFinite where a step's eps is not finite.
     """
     replay, x, rows = replay or {}, dict(x), 0
@@ -63,7 +65,12 @@ def lockstep(
             x[name] = schedule.denoise(x[name], mix(eps, rule, given.mask, i), i)
             if not x[name].isfinite().all():
                 raise NotFinite(f"latent {name!r} is not finite after step {i} of {len(schedule)}")
-        yield State(i + 1, x | {name: states[i + 1] for name, states in replay.items()}, rows)
+        state = State(i + 1, x | {name: states[i + 1] for name, states in replay.items()}, rows)
+        if after is not None:
+            changed = after(state)
+            x |= changed
+            state = replace(state, x={**state.x, **changed})
+        yield state
 
 
 def mix(eps: Mapping[str, Tensor], rule: str | Masked, mask: Tensor | None, i: int) -> Tensor:
