@@ -48,7 +48,7 @@ class Unet(Settings):
     snr: float = 5.0
     things: float = 3.0
     drop: float = 0.1
-    hints: float = 0.5
+    hints: float = 0.6
     coarse: bool = False
     more: bool = False
 
@@ -134,7 +134,7 @@ class Training(Part):
         weight = 1 + s.things * pixels(self.things[which][..., None])
         hint = {}
         if self.drawn and g.random() < s.hints:
-            kind = str(g.choice(list(self.drawn), p=[0.5, 0.25, 0.25]))
+            kind = str(g.choice(list(self.drawn), p=[0.6, 0.2, 0.2]))
             lines = self.drawn[kind][which]
             hint[kind] = pixels(lines if lines.ndim == 4 else lines[..., None])
         return x0, noise, torch.from_numpy(g.integers(1000, size=s.batch)), torch.from_numpy(ids), weight, hint
