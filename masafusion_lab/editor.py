@@ -175,6 +175,7 @@ class Editor(LightningModule):
             mask=torch.stack(masks).to(model.device) if masks else None,
             hint=tuple(map(sum, zip(*features, strict=True))) if features else None,  # type: ignore[arg-type]
             null=null,
+            texts={"source": [item.source for item in batch], "target": [item.target for item in batch]},
         )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import HALVES, Branch, Given, Masked, Plan
+from masafusion_lab.fusion import HALVES, Branch, Faded, Given, Noise, Plan
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -48,19 +48,14 @@ def lockstep(
     InputError for a plan that this model and batch cannot follow, NotFinite where a step's eps is not finite.
     """
     replay, x, rows = replay or {}, dict(x), 0
-    plan.check(
-        steps=len(schedule),
-        layers=sum(not site.cross for site in model.sites),
-        latents={*x, *replay},
-        prompts=given.prompts.keys(),
-        masked=given.mask is not None,
-        hinted=given.hint is not None,
-    )
+    check(model, plan, given, schedule, latents={*x, *replay})
+    if given.mask is None:
+        plan = plan.everywhere()
     for i in range(start, len(schedule)):
         x |= {name: states[i] for name, states in replay.items()}
-        branches = plan.at(i)
-        eps = predict(model, branches, x, given, i, schedule=schedule, w=w, taps=taps)
-        rows += len(branches) * (len(HALVES) if w != 1 else 1)
+        needed = plan.rows(i, HALVES if w != 1 else ("text",))
+        eps = predict(model, plan.at(i), x, given, i, schedule=schedule, w=w, taps=taps, rows=needed)
+        rows += len(needed)
         for name, rule in plan.noise.items():
             x[name] = schedule.denoise(x[name], mix(eps, rule, given.mask, i), i)
             if not x[name].isfinite().all():
@@ -73,10 +68,26 @@ def lockstep(
         yield state
 
 
-def mix(eps: Mapping[str, Tensor], rule: str | Masked, mask: Tensor | None, i: int) -> Tensor:
+def check(
+    model: StableDiffusion, plan: Plan, given: Given, schedule: Schedule, *, latents: Container[str] | None = None
+) -> None:
+    """Raise InputError for a plan that this model and batch cannot follow; `latents`: those that have a start."""
+    plan.check(
+        steps=len(schedule),
+        layers=sum(not site.cross for site in model.sites),
+        latents={branch.x for branch in plan.branches.values()} if latents is None else latents,
+        prompts=given.prompts.keys(),
+        masked=given.mask is not None,
+        hinted=given.hint is not None,
+    )
+
+
+def mix(eps: Mapping[str, Tensor], rule: Noise, mask: Tensor | None, i: int) -> Tensor:
     """The eps that denoises a latent at step i: a branch's, or two by mask, pixel by pixel as (9), (10) and (14)."""
     if isinstance(rule, str):
         return eps[rule]
+    if isinstance(rule, Faded):
+        return rule.share[i] * eps[rule.first] + (1 - rule.share[i]) * eps[rule.second]
     if i not in rule.steps or mask is None:
         return eps[rule.inside]
     inside, outside = eps[rule.inside], eps[rule.outside]
@@ -94,18 +105,24 @@ def predict(
     schedule: Schedule,
     w: float = 7.5,
     taps: Sequence[Tap] = (),
+    rows: tuple[tuple[str, str], ...] | None = None,
 ) -> dict[str, Tensor]:
-    """The guided eps (B, C, h, w) of each branch at step i, all in one UNet call of branches x halves x B rows."""
-    rows = tuple((name, half) for half in HALVES if half == "text" or w != 1 for name in branches)
+    """The guided eps (B, C, h, w) of each branch at step i, all in one UNet call of rows x B.
+
+    `rows`: the (branch, half) to compute, if not all; there is an eps of the branches that have both halves.
+    """
+    halves = HALVES if w != 1 else ("text",)
+    rows = rows or tuple((name, half) for half in halves for name in branches)
     latents = torch.cat([x[branches[name].x] for name, _ in rows])
     text = torch.cat([given.prompt(getattr(branches[b], "prompt" if h == "text" else "null"), i) for b, h in rows])
-    hinted = [(hint := branches[b].hint) is not None and i in hint.steps and h in hint.halves for b, h in rows]
+    hints = [hint if (hint := branches[b].hint) and i in hint.steps and h in hint.halves else None for b, h in rows]
     features = None
-    if any(hinted) and given.hint is not None:
-        features = [torch.cat([f if on else torch.zeros_like(f) for on in hinted]) for f in given.hint]
-    step = Step(i, rows, branches, taps)
+    if any(hints) and given.hint is not None:
+        features = [torch.cat([hint.scale * f if hint else torch.zeros_like(f) for hint in hints]) for f in given.hint]
+    step = Step(i, rows, branches, taps, given)
     eps = model.eps(latents, i, schedule, text, hint=features, step=step).unflatten(0, (len(rows), -1))
     by_row = dict(zip(rows, eps, strict=True))
+    whole = [name for name in branches if all((name, half) in by_row for half in halves)]
     if w == 1:
-        return {name: by_row[name, "text"] for name in branches}
-    return {b: by_row[b, "null"] + w * (by_row[b, "text"] - by_row[b, "null"]) for b in branches}  # (3)
+        return {name: by_row[name, "text"] for name in whole}
+    return {b: by_row[b, "null"] + w * (by_row[b, "text"] - by_row[b, "null"]) for b in whole}  # (3)

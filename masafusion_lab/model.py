@@ -19,6 +19,7 @@ from torch import Tensor
 from masafusion_lab import InputError, words
 from masafusion_lab.attention import Site, Step, install
 from masafusion_lab.loading import choose_device, choose_dtype, read
+from masafusion_lab.residual import sharing
 from masafusion_lab.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -188,13 +189,14 @@ class StableDiffusion:
 
         `level` is the state that x is at, if not i: DDIM inversion asks at timestep i about state i + 1.
         """
-        out = self._use(self.unet)(
-            x.to(self.dtype),
-            schedule.timesteps[i],
-            text.to(self.dtype),
-            down_intrablock_additional_residuals=None if hint is None else [f.to(self.dtype) for f in hint],
-            cross_attention_kwargs={"step": step} if step is not None else None,
-        ).sample.float()
+        with sharing(self.unet, self.sites, step):
+            out = self._use(self.unet)(
+                x.to(self.dtype),
+                schedule.timesteps[i],
+                text.to(self.dtype),
+                down_intrablock_additional_residuals=None if hint is None else [f.to(self.dtype) for f in hint],
+                cross_attention_kwargs={"step": step} if step is not None else None,
+            ).sample.float()
         return schedule.eps(x, out, i if level is None else level)
 
     def digest(self, parts: Sequence[str] = ("unet", "vae", "text_encoder")) -> str:

@@ -21,6 +21,7 @@ from masafusion_lab.data.pictures import Prepared
 from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
 from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
+from masafusion_lab.lockstep import check
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
 from masafusion_lab.trainer import make, undisturbed
@@ -159,22 +160,15 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     for prompt in (case.source, case.target):
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
-    Editor(model, lab.method, lab.schedule).given(
-        [_item(case, prepared, Inversion(torch.empty(0)))], None
-    )  # raises for words, hints and adapters
-    if hasattr(lab.method, "plan"):
-        plan = lab.method.plan(model.sites, len(lab.schedule))
-        try:
-            plan.check(
-                steps=len(lab.schedule),
-                layers=sum(not site.cross for site in model.sites),
-                latents={branch.x for branch in plan.branches.values()},
-                prompts=("source", "target", "empty"),
-                masked=prepared.mask is not None,
-                hinted=bool(prepared.hints),
-            )
-        except InputError as error:
-            raise InputError(f"{case.id}: {error}") from None
+    item = _item(case, prepared, Inversion(torch.empty(0)))
+    given = Editor(model, lab.method, lab.schedule).given([item], None)  # raises for words, hints and adapters
+    try:
+        if hasattr(lab.method, "prepare"):
+            given = lab.method.prepare(model, given, lab.schedule)
+        if hasattr(lab.method, "plan"):
+            check(model, lab.method.plan(model.sites, len(lab.schedule)), given, lab.schedule)
+    except InputError as error:
+        raise InputError(f"{case.id}: {error}") from None
     record = record_facts(lab, prepared.pixels, case.source)
     depends = {
         "record": record,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Site, Tap
+from masafusion_lab.attention import Site, Tap, layers
 from masafusion_lab.fusion import HALVES, Branch, Given, Hint, Masked, Plan, Span, Take
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
@@ -63,8 +63,7 @@ class MaSaFusion:
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The branches of Algorithm 1 for a model with these attention layers, in `steps` steps."""
-        until = round(self.hint_until * steps)
-        on = Hint(Span(0, until), HALVES if self.hint_on_null else ("text",)) if until else None
+        on = Hint.first(self.hint_until, steps, on_null=self.hint_on_null, scale=self.hint_scale)
         outside = on if self.hint_on_preserve else None
         halves = HALVES if self.cfg_pairing == "matched" else ("text",)
         q, k, v = ("S" if letter in self.preserve else None for letter in "qkv")
@@ -102,8 +101,6 @@ class MaSaFusion:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; the states hold "t2i", the intermediate image, beside "target"; see `Method`."""
-        if given.hint is not None and self.hint_scale != 1:
-            given = replace(given, hint=tuple(self.hint_scale * f for f in given.hint))
         if given.mask is None:
             raise InputError("masafusion edits inside a region: give mask=FILE or box=x0,y0,x1,y1")
         yield from lockstep(
@@ -116,18 +113,3 @@ class MaSaFusion:
             w=self.guidance,
             taps=taps,
         )
-
-
-def layers(text: str, sites: Sequence[Site]) -> Container[int]:
-    """The depths of self-attention layers that "all", "decoder", "a:b" or "3,4,9" means for a model's `sites`."""
-    if text == "all":
-        return Span()
-    if text == "decoder":
-        return {site.depth for site in sites if not site.cross and site.name.startswith("up_blocks")}
-    try:
-        if ":" in text:
-            a, b = text.split(":")
-            return Span(int(a or 0), int(b) if b else None)
-        return {int(part) for part in text.split(",")}
-    except ValueError:
-        raise InputError(f"{text!r} names no layers: give all, decoder, a range (8:16) or a list (3,4,9)") from None

@@ -22,7 +22,11 @@ class Source(Protocol):
 
 
 class Method(Protocol):
-    """Edits a batch: yields every state of the denoising; the last one's `x["target"]` is the edited x_0."""
+    """Edits a batch: yields every state of the denoising; the last one's `x["target"]` is the edited x_0.
+
+    A method may have `plan(sites, steps)`, and `prepare(model, given, schedule)`, which gives the batch with what the
+    method adds to it. Both raise InputError for what cannot be, and are asked about every case before any is computed.
+    """
 
     def __call__(
         self,

@@ -1,0 +1,84 @@
+"""EmbCtrl, Algorithm 4: the source prompt's embeddings with those of the changed words in place, (12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from masafusion_lab import words
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class EmbCtrl:
+    """Settings of Algorithm 4, for edits that keep shapes; made for null-text inversion."""
+
+    guidance: float = 7.5
+    """w of (3)."""
+    null: Literal["tuned", "empty"] = "tuned"
+    """Null embedding: the inversion's optimised one, where there is one, or that of ""."""
+    align: Literal["lcs", "positional"] = "lcs"
+    """Which tokens are unchanged: as many as both prompts have in order, or, of prompts equally long, those that are
+    equal at the same place, as (12) has it."""
+    eos_pad: Literal["source", "target"] = "source"
+    """Whose embeddings the end of the prompt and the padding have."""
+    offset_on_target: bool = False
+    """Whether the target, too, is corrected in each step by what direct inversion corrects the source by."""
+
+    def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
+        """The batch with (12) as its target prompts. Raises InputError for prompts that have no places in common."""
+        n, tokenizer, maps = model.length, model.tokenizer, []
+        for source, target in zip(given.texts["source"], given.texts["target"], strict=True):
+            M, new = words.refinement(tokenizer, source, target, n, by_place=self.align == "positional")
+            if self.eos_pad == "target":
+                end = len(words.ids(tokenizer, target, n)) - 1
+                M[:, end:], new[end:] = 0, 1
+            maps.append((M, new))
+        M, new = (torch.stack(y).to(given.prompts["target"]) for y in zip(*maps, strict=True))
+        mixed = M.mT @ given.prompts["source"] + new[..., None] * given.prompts["target"]  # (12)
+        return replace(given, prompts={**given.prompts, "target": mixed})
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """One branch; with `offset_on_target` one more, the step that the inverted source would take."""
+        target = Branch("target", "target", null=self.null)
+        if not self.offset_on_target:
+            return Plan({"T": target}, {"target": "T"})
+        again = Branch("again", "source", null=self.null)
+        return Plan({"S": again, "T": target}, {"again": "S", "target": "T"})
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+
+        def after(state: State) -> dict[str, Tensor]:
+            known = source.states[state.i]
+            return {"again": known, "target": state.x["target"] + known - state.x["again"]}
+
+        start = {"target": source.states[0]} | ({"again": source.states[0]} if self.offset_on_target else {})
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            start,
+            self.prepare(model, given, schedule),
+            schedule=schedule,
+            w=self.guidance,
+            taps=taps,
+            after=after if self.offset_on_target else None,
+        )

@@ -1,0 +1,96 @@
+"""Plug-and-Play: the target reads Q, K and a residual feature of the source (Tumanyan et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.attention import Site, Tap, layers
+from masafusion_lab.fusion import Branch, Faded, Given, Plan, Span, Take
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class PlugAndPlay:
+    """Settings of pnp-diffusers, or of the original code."""
+
+    guidance: float = 7.5
+    """w of (3); the original takes 10 for real pictures."""
+    variant: Literal["diffusers", "original"] = "diffusers"
+    """diffusers: the negative prompt takes the place of "", and the source's one row feeds both halves of guidance;
+    original: null reads null, the negative prompt fades in, and windows hold one step more."""
+    qk_until: float = 0.5
+    """Fraction of the first steps in which Q and K are the source's."""
+    qk_layers: str = "8/16:"
+    """Self-attention layers of that: from SD's layer 8 of 16 on; all, decoder, a range a:b, or a list such as 3,4,9."""
+    feature_until: float = 0.8
+    """Fraction of the first steps in which the residual feature is the source's."""
+    feature_layers: str = "8/16"
+    """The residual blocks of that, by the self-attention layers that follow them."""
+    source_prompt: Literal["empty", "source"] = "empty"
+    """Prompt of the source rows."""
+    negative: str = ""
+    """Negative prompt; none: that of "", in the original the source prompt."""
+    negative_fade: float = 1.0
+    """Of the original: the share of "" beside the negative prompt in the first step, which falls to 0 in the last."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """Source and target for a model with these attention layers, in `steps` steps."""
+        original = self.variant == "original"
+        if not original and self.negative_fade != type(self).negative_fade:
+            raise InputError("method.negative_fade does nothing in method.variant=diffusers; take it away")
+
+        def take(q: str | None, v: str | None, until: float, where: str) -> Take:
+            span = Span.part(until, steps)
+            if span is None:
+                return Take()
+            when = Span(0, (span.stop or 0) + original)
+            return Take(q, q, v, when, layers(where, sites), from_text=not original)
+
+        qk = take("S", None, self.qk_until, self.qk_layers)
+        feature = take(None, "S", self.feature_until, self.feature_layers)
+        null = "negative" if self.negative and not original else "empty"
+        branches = {
+            "S": Branch("source", self.source_prompt),
+            "T": Branch("target", "target", null=null, take=qk, feature=feature),
+        }
+        if not original:
+            return Plan(branches, {"target": "T"})
+        share = tuple(self.negative_fade * (1 - i / max(1, steps - 1)) for i in range(steps))
+        against = Branch("target", "target", null="negative", take=qk, feature=feature)
+        return Plan({**branches, "N": against}, {"target": Faded("T", "N", share)})
+
+    def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
+        """The batch with the embeddings of the negative prompt."""
+        source = given.prompts["source"]
+        negative = model.embed([self.negative]).expand_as(source) if self.negative else source
+        return replace(given, prompts={**given.prompts, "negative": negative})
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            {"target": source.states[0]},
+            self.prepare(model, given, schedule),
+            schedule=schedule,
+            replay={"source": source.states},
+            w=self.guidance,
+            taps=taps,
+        )

@@ -1,0 +1,55 @@
+"""What the T2I-Adapter alone makes of target prompt and drawn condition (Mou et al. 2023): no source, no fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Hint, Plan
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class T2IOnly:
+    """Generate from Gaussian noise along the drawn condition, Figure 14's last column."""
+
+    guidance: float = 7.5
+    """w of (3)."""
+    hint_scale: float = 1.0
+    """Strength of the adapter's features."""
+    hint_until: float = 1.0
+    """Fraction of the first steps in which the adapter is on; 0 needs no drawn condition."""
+    hint_on_null: bool = True
+    """Whether the null half of guidance sees the adapter."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """Its one branch."""
+        hint = Hint.first(self.hint_until, steps, on_null=self.hint_on_null, scale=self.hint_scale)
+        return Plan({"T": Branch("target", "target", hint)}, {"target": "T"})
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            {"target": x},
+            given,
+            schedule=schedule,
+            w=self.guidance,
+            taps=taps,
+        )
