@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -11,6 +12,13 @@ from masafusion_lab import InputError
 
 HALVES = ("null", "text")
 """The two halves of classifier-free guidance, (3)."""
+
+NO_REGION = "this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1"
+FOLLOWED = {
+    "target": 'a target prompt: give target="a red cat"',
+    "instruction": 'an instruction: give instruction="make the cat red"',
+}
+"""What a person is told who did not give a prompt that a method follows."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Branch:
     """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null`.
 
     `null` names a prompt of `Given` or is "tuned": the record's optimised embedding of the step, where there is one.
+    `w`: its guidance, if not the loop's. `extra`: what of `Given.extra` the UNet sees beside the latent.
     """
 
     x: str
@@ -65,6 +74,8 @@ class Branch:
     hint: Hint | None = None
     null: str = "empty"
     take: Take = Take()
+    w: float | None = None
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,21 +88,46 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """The sum of branches' eps, each times its weight: guidance by more than one condition."""
+
+    weights: Mapping[str, float]
+
+
+Rule: TypeAlias = str | Masked | Weighted
+"""What denoises a latent: a branch, two by mask, or a weighted sum."""
+
+
+@dataclass(frozen=True)
+class Sde:
+    """Stochastic steps of a latent: `eta` of their noise is new, 0 none (DDIM), 1 as in DDPM and Euler ancestral.
+
+    That noise is fresh, or, with `like`, what takes the latent of that branch, which is replayed, from its state to its
+    next one: the noise maps of cycle-SDE and of edit-friendly inversion. In other steps than `steps` none is added.
+    """
+
+    eta: float = 1.0
+    like: str | None = None
+    steps: Container[int] = Span()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A method: its branches, and for each latent that is denoised the branch, or two by mask, that denoises it."""
+    """A method: its branches, and for each latent that is denoised the rule that denoises it.
+
+    `sde`: the latents whose steps are stochastic; `masked`: whether it needs a region, also beside its rules.
+    """
 
     branches: Mapping[str, Branch]
-    noise: Mapping[str, str | Masked]
+    noise: Mapping[str, Rule]
+    sde: Mapping[str, Sde] = field(default_factory=dict)
+    masked: bool = False
 
     def used(self, i: int) -> Iterator[str]:
         """The branches whose eps step i uses."""
         for rule in self.noise.values():
-            if isinstance(rule, str):
-                yield rule
-            else:
-                yield rule.inside
-                if i in rule.steps:
-                    yield rule.outside
+            yield from of_rule(rule, i)
+        yield from (sde.like for sde in self.sde.values() if sde.like is not None and i in sde.steps)
 
     def at(self, i: int) -> dict[str, Branch]:
         """Only the branches that step i needs, in the plan's order: those used, and those that these read."""
@@ -106,8 +142,8 @@ class Plan:
 
         `masked` and `hinted`: whether there is a region, and a condition for the adapter.
         """
-        if not masked and any(isinstance(rule, Masked) for rule in self.noise.values()):
-            raise InputError("this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
+        if not masked and (self.masked or any(isinstance(rule, Masked) for rule in self.noise.values())):
+            raise InputError(NO_REGION)
         if not hinted and any(branch.hint for branch in self.branches.values()):
             raise InputError("this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
         for name, branch in self.branches.items():
@@ -115,32 +151,50 @@ class Plan:
             if branch.x not in latents:
                 raise InputError(f"branch {name!r} denoises latent {branch.x!r}, which has no start")
             for prompt in (branch.prompt, branch.null):
+                if prompt in FOLLOWED and prompt not in prompts:
+                    raise InputError(f"this method follows {FOLLOWED[prompt]}")
                 if prompt not in prompts and prompt != "tuned":
                     raise InputError(f"branch {name!r} wants prompt {prompt!r}, which is not given")
             if missing := take.read - set(self.branches):
                 raise InputError(f"branch {name!r} reads {', '.join(sorted(missing))}, no branch of the plan")
+            if other := [read for read in take.read if self.branches[read].w != branch.w]:
+                raise InputError(f"branch {name!r} reads {other[0]}, which has another guidance, so other halves")
             if take.read and not any(i in take.steps for i in range(steps)):
                 raise InputError(f"branch {name!r}: the window {take.steps} holds none of the {steps} steps")
             if take.read and not any(d in take.layers for d in range(layers)):
                 raise InputError(f"branch {name!r}: {take.layers} holds none of the {layers} self-attention layers")
         for latent, rule in self.noise.items():
-            for name in [rule] if isinstance(rule, str) else [rule.inside, rule.outside]:
+            for name in of_rule(rule):
                 if name not in self.branches or self.branches[name].x != latent:
                     raise InputError(f"latent {latent!r} is denoised by {name!r}, no branch on that latent")
+
+
+def of_rule(rule: Rule, i: int | None = None) -> tuple[str, ...]:
+    """The branches that a rule uses, in step i or in any."""
+    if isinstance(rule, str):
+        return (rule,)
+    if isinstance(rule, Weighted):
+        return tuple(rule.weights)
+    return (rule.inside, rule.outside) if i is None or i in rule.steps else (rule.inside,)
 
 
 @dataclass(frozen=True)
 class Given:
     """What a batch of B cases gives a method.
 
-    `prompts`: name -> (B, n, d), with "source", "target" and "empty"; `mask`: A at latent resolution, (B, 1, h, w) in
-    [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings.
+    `prompts`: name -> (B, n, d), with "source", "target" and "empty", and "instruction" for methods that follow one;
+    `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level;
+    `null`: (T, B, n, d), the record's embeddings; `pixels`: the pictures (B, 3, H, W) in [0, 1]; `noise`: purpose ->
+    Gaussian noise (B, C, h, w), each case's own; `extra`: name -> (B, c, h, w), what the UNet sees beside a latent.
     """
 
     prompts: Mapping[str, Tensor]
     mask: Tensor | None = None
     hint: tuple[Tensor, ...] | None = None
-    null: Tensor | None = field(default=None)
+    null: Tensor | None = None
+    pixels: Tensor | None = None
+    noise: Callable[[str], Tensor] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""

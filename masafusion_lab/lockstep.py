@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import HALVES, Branch, Given, Masked, Plan
+from masafusion_lab.fusion import HALVES, Branch, Given, Plan, Rule, Weighted
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -60,9 +61,16 @@ def lockstep(
         x |= {name: states[i] for name, states in replay.items()}
         branches = plan.at(i)
         eps = predict(model, branches, x, given, i, schedule=schedule, w=w, taps=taps)
-        rows += len(branches) * (len(HALVES) if w != 1 else 1)
+        rows += sum(len(_halves(branch, w)) for branch in branches.values())
         for name, rule in plan.noise.items():
-            x[name] = schedule.denoise(x[name], mix(eps, rule, given.mask, i), i)
+            e, sde = mix(eps, rule, given.mask, i), plan.sde.get(name)
+            x[name] = schedule.denoise(x[name], e, i, sde.eta if sde else 0.0)
+            if sde and i in sde.steps:
+                if sde.like is None:
+                    x[name] = x[name] + schedule.sigma(i, sde.eta) * fresh(given, f"{name} {i}")
+                else:
+                    like = plan.branches[sde.like].x
+                    x[name] = x[name] + replay[like][i + 1] - schedule.denoise(x[like], eps[sde.like], i, sde.eta)
             if not x[name].isfinite().all():
                 raise NotFinite(f"latent {name!r} is not finite after step {i} of {len(schedule)}")
         state = State(i + 1, x | {name: states[i + 1] for name, states in replay.items()}, rows)
@@ -73,10 +81,19 @@ def lockstep(
         yield state
 
 
-def mix(eps: Mapping[str, Tensor], rule: str | Masked, mask: Tensor | None, i: int) -> Tensor:
-    """The eps that denoises a latent at step i: a branch's, or two by mask, pixel by pixel as (9), (10) and (14)."""
+def fresh(given: Given, purpose: str) -> Tensor:
+    """Gaussian noise (B, C, h, w) for a purpose, each case's own. Raises InputError where there is no source of it."""
+    if given.noise is None:
+        raise InputError(f"noise for {purpose!r} is wanted, and no source of noise is given: Given(noise=...)")
+    return given.noise(purpose)
+
+
+def mix(eps: Mapping[str, Tensor], rule: Rule, mask: Tensor | None, i: int) -> Tensor:
+    """The eps that denoises a latent at step i: one, a sum, or two by mask, pixel by pixel as (9), (10), (14)."""
     if isinstance(rule, str):
         return eps[rule]
+    if isinstance(rule, Weighted):
+        return torch.stack([weight * eps[name] for name, weight in rule.weights.items()]).sum(0)
     if i not in rule.steps or mask is None:
         return eps[rule.inside]
     inside, outside = eps[rule.inside], eps[rule.outside]
@@ -96,16 +113,26 @@ def predict(
     taps: Sequence[Tap] = (),
 ) -> dict[str, Tensor]:
     """The guided eps (B, C, h, w) of each branch at step i, all in one UNet call of branches x halves x B rows."""
-    rows = tuple((name, half) for half in HALVES if half == "text" or w != 1 for name in branches)
+    rows = tuple((name, half) for half in HALVES for name, branch in branches.items() if half in _halves(branch, w))
     latents = torch.cat([x[branches[name].x] for name, _ in rows])
+    beside = [given.extra[name] for b, _ in rows if (name := branches[b].extra) is not None]
+    if len(beside) not in (0, len(rows)):
+        raise InputError(f"of {', '.join(branches)} some have extra channels and some none: one UNet cannot take both")
     text = torch.cat([given.prompt(getattr(branches[b], "prompt" if h == "text" else "null"), i) for b, h in rows])
     hinted = [(hint := branches[b].hint) is not None and i in hint.steps and h in hint.halves for b, h in rows]
     features = None
     if any(hinted) and given.hint is not None:
         features = [torch.cat([f if on else torch.zeros_like(f) for on in hinted]) for f in given.hint]
     step = Step(i, rows, branches, taps)
-    eps = model.eps(latents, i, schedule, text, hint=features, step=step).unflatten(0, (len(rows), -1))
-    by_row = dict(zip(rows, eps, strict=True))
-    if w == 1:
-        return {name: by_row[name, "text"] for name in branches}
-    return {b: by_row[b, "null"] + w * (by_row[b, "text"] - by_row[b, "null"]) for b in branches}  # (3)
+    extra = torch.cat(beside) if beside else None
+    eps = model.eps(latents, i, schedule, text, hint=features, step=step, extra=extra).unflatten(0, (len(rows), -1))
+    by_row, out = dict(zip(rows, eps, strict=True)), {}
+    for b, branch in branches.items():
+        null, own = by_row.get((b, "null")), w if branch.w is None else branch.w
+        out[b] = by_row[b, "text"] if null is None else null + own * (by_row[b, "text"] - null)  # (3)
+    return out
+
+
+def _halves(branch: Branch, w: float) -> tuple[str, ...]:
+    """The halves of guidance that a branch needs in a loop of guidance w: at 1 the text alone."""
+    return HALVES if (w if branch.w is None else branch.w) != 1 else HALVES[1:]

@@ -18,8 +18,8 @@ from masafusion_lab import InputError, __version__, interrupt
 from masafusion_lab.callbacks import Job, Mirror, Results
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared
-from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
-from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
+from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, precisely
+from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
@@ -29,7 +29,13 @@ __all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
 
 log = logging.getLogger(__name__)
 
-INVERSIONS: dict[str, type] = {"direct": Direct, "ddim": Ddim, "null_text": NullText}
+INVERSIONS: dict[str, type] = {
+    "direct": Direct,
+    "ddim": Ddim,
+    "null_text": NullText,
+    "npi": Npi,
+    "edit_friendly": EditFriendly,
+}
 """Name, as in `inversion.name=...`, to class."""
 
 
@@ -156,7 +162,8 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     prepared, model = lab.prepare(case), lab.model
     height, width = prepared.pixels.shape[-2:]
     model.check_size(height, width)
-    for prompt in (case.source, case.target):
+    told = {"target": case.target, "instruction": followed(model, lab.method, case.instruction)}
+    for prompt in (case.source, *told.values()):
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     Editor(model, lab.method, lab.schedule).given(
@@ -169,7 +176,7 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
                 steps=len(lab.schedule),
                 layers=sum(not site.cross for site in model.sites),
                 latents={branch.x for branch in plan.branches.values()},
-                prompts=("source", "target", "empty"),
+                prompts={"source", "empty", *(name for name, text in told.items() if text)},
                 masked=prepared.mask is not None,
                 hinted=bool(prepared.hints),
             )
@@ -179,7 +186,7 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     depends = {
         "record": record,
         "case": case.id,
-        "target": case.target,
+        **told,
         "mask": None if prepared.mask is None else sha256(prepared.mask),
         "hints": {kind: sha256(hint) for kind, hint in prepared.hints.items()},
         "adapters": model.digest(sorted(prepared.hints)),
@@ -229,7 +236,9 @@ def edit(
 
 
 def _item(case: Case, prepared: Prepared, record: Inversion) -> Item:
-    return Item(case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints)
+    return Item(
+        case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints, case.instruction
+    )
 
 
 class Batches:

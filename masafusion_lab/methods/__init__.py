@@ -1,10 +1,28 @@
 """Editing methods, a file each: frozen dataclasses whose fields are their settings and whose call does the work."""
 
+from masafusion_lab.methods.blended import Blended
+from masafusion_lab.methods.diffedit import DiffEdit, SdeDiffEdit
+from masafusion_lab.methods.edit_friendly import NoiseMaps
+from masafusion_lab.methods.glide import Glide
+from masafusion_lab.methods.instruct import Hive, InstructPix2Pix
 from masafusion_lab.methods.masafusion import MaSaFusion
 from masafusion_lab.methods.plain import Plain, Reconstruction
-from masafusion_lab.methods.protocol import Method, Source
+from masafusion_lab.methods.protocol import Method, Needs, Source, needs
+from masafusion_lab.methods.sdedit import SDEdit
 
-METHODS: dict[str, type] = {"masafusion": MaSaFusion, "plain": Plain, "reconstruction": Reconstruction}
+METHODS: dict[str, type] = {
+    "masafusion": MaSaFusion,
+    "plain": Plain,
+    "reconstruction": Reconstruction,
+    "sdedit": SDEdit,
+    "diffedit": DiffEdit,
+    "sde_diffedit": SdeDiffEdit,
+    "blended": Blended,
+    "glide": Glide,
+    "instruct_pix2pix": InstructPix2Pix,
+    "hive": Hive,
+    "edit_friendly": NoiseMaps,
+}
 """Name, as in `method.name=...`, to class."""
 
-__all__ = ["METHODS", "MaSaFusion", "Method", "Plain", "Reconstruction", "Source"]
+__all__ = ["METHODS", "MaSaFusion", "Method", "Needs", "Plain", "Reconstruction", "Source", "needs"]
