@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from masafusion_lab.fusion import Branch, Given
 from masafusion_lab.lockstep import fresh, predict
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 BRANCHES = {"S": Branch("noised", "source"), "T": Branch("noised", "target")}
 ROWS = 4
@@ -41,7 +45,12 @@ def region(
         eps = predict(model, BRANCHES, x, given, i, schedule=schedule, w=w)
         difference += (eps["T"] - eps["S"]).abs() / maps
     cells = difference.mean(1, keepdim=True)
-    return (cells > threshold / 2 * cells.mean((1, 2, 3), keepdim=True)).float()
+    A = (cells > threshold / 2 * cells.mean((1, 2, 3), keepdim=True)).float()
+    if not A.amax((1, 2, 3)).all():
+        log.warning(
+            "the two prompts differ nowhere above method.threshold=%g: what is kept is the whole picture", threshold
+        )
+    return A
 
 
 def first_step(schedule: Schedule, strength: float, name: str) -> int:
