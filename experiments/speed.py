@@ -2,10 +2,11 @@
 
     python -m experiments.speed [--json FILE] [--only nti_ratio,edit_over_rows,di_seconds,nti_seconds,sd14_peak_gb]
 
-nti_ratio: an inner step of null-text inversion with trainable UNet weights, as published, over ours with frozen ones.
+nti_ratio: an inner step of null-text inversion with trainable UNet weights, as published, over ours with frozen ones,
+on a random model of SD 1.4's shape at 512x512; nti_ratio_picturebook: on the built-in model, whose weights are few.
 edit_over_rows: a DI edit (50 inversion rows and 500 of Algorithm 1) over 550 bare UNet rows at the best batch size.
 di_seconds, nti_seconds: `masafusion edit` with a fresh store, start to end. sd14_peak_gb: peak memory of a two-step
-edit on a random model of SD 1.4's shape at 512x512.
+edit on the model of SD 1.4's shape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from masafusion_lab.progress import bar
 from masafusion_lab.request import cases_of, read
 from masafusion_lab.runs import write_json
 
-BARS = {"nti_ratio": (">=", 2.5), "edit_over_rows": ("<=", 1.10), "di_seconds": ("<=", 40.0),
-        "nti_seconds": ("<=", 150.0), "sd14_peak_gb": (None, 0.0)}  # fmt: skip
+BARS = {"nti_ratio": (">=", 2.5), "nti_ratio_picturebook": (None, 0.0), "edit_over_rows": ("<=", 1.10),
+        "di_seconds": ("<=", 40.0), "nti_seconds": ("<=", 150.0), "sd14_peak_gb": (None, 0.0)}  # fmt: skip
 
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
@@ -54,7 +56,7 @@ def latents(model: StableDiffusion, rows: int) -> torch.Tensor:
 
 
 def inner_step(model: StableDiffusion, trainable: bool) -> Callable[[], None]:
-    """One gradient step of an embedding through the UNet; `trainable`: gradients of all weights are computed too."""
+    """One gradient step of an embedding through the UNet; `trainable`: gradients of all weights are summed up too."""
     schedule, x, text = model.schedule(), latents(model, 1), model.embed([""])
     null = text.clone().requires_grad_()
     optimizer = torch.optim.Adam([null], 1e-2)
@@ -65,14 +67,14 @@ def inner_step(model: StableDiffusion, trainable: bool) -> Callable[[], None]:
         model.eps(x, 10, schedule, null).square().mean().backward()
         optimizer.step()
         model.unet.requires_grad_(False)
-        model.unet.zero_grad(set_to_none=True)
 
     return step
 
 
-def nti_ratio(model: StableDiffusion) -> dict[str, float]:
+def nti_ratio(model: StableDiffusion, repeats: int) -> float:
     """Published form over ours; the published code also asks for the text eps anew, which is not counted here."""
-    return {"nti_ratio": seconds(inner_step(model, True)) / seconds(inner_step(model, False))}
+    ours = seconds(inner_step(model, False), repeats)
+    return seconds(inner_step(model, True), repeats) / ours
 
 
 def edit_over_rows(model: StableDiffusion) -> dict[str, float]:
@@ -104,24 +106,31 @@ def command(words: Sequence[str]) -> tuple[float, dict[str, Any]]:
         return time.perf_counter() - start, json.loads(Path(folder, "run", "result.json").read_text())
 
 
-def sd14_peak_gb() -> dict[str, float]:
-    """Peak memory of the SD-1.4-shaped edit."""
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "experiments.random_sd", folder], check=True)
-        _, result = command([f"model.path={folder}", "steps=2", "size=512"])
-        return {"sd14_peak_gb": result["peak_memory_gb"]}
+@cache
+def sd14() -> tempfile.TemporaryDirectory[str]:
+    """The folder of a random model of SD 1.4's shape, made once."""
+    folder = tempfile.TemporaryDirectory()
+    subprocess.run([sys.executable, "-m", "experiments.random_sd", folder.name], check=True)
+    return folder
 
 
 def run(only: Sequence[str]) -> dict[str, float]:
     """The chosen numbers."""
     found: dict[str, float] = {"threads": torch.get_num_threads()}
-    model = StableDiffusion.load(device="auto", dtype="auto")
+
+    def load(path: str = "picturebook") -> StableDiffusion:
+        return StableDiffusion.load(path, device="auto", dtype="auto")
+
+    def sd14_peak_gb() -> float:
+        return command([f"model.path={sd14().name}", "steps=2", "size=512"])[1]["peak_memory_gb"]
+
     for name, work in {
-        "nti_ratio": lambda: nti_ratio(model),
-        "edit_over_rows": lambda: edit_over_rows(model),
+        "nti_ratio": lambda: {"nti_ratio": nti_ratio(load(sd14().name), 3)},
+        "nti_ratio_picturebook": lambda: {"nti_ratio_picturebook": nti_ratio(load(), 9)},
+        "edit_over_rows": lambda: edit_over_rows(load()),
         "di_seconds": lambda: {"di_seconds": command([])[0]},
         "nti_seconds": lambda: {"nti_seconds": command(["inversion.name=null_text"])[0]},
-        "sd14_peak_gb": sd14_peak_gb,
+        "sd14_peak_gb": lambda: {"sd14_peak_gb": sd14_peak_gb()},
     }.items():
         if name in only:
             found |= work()

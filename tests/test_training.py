@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("experiments.picturebook.training")
 
-from experiments.picturebook import autoencoder, tokenizer
+from experiments.picturebook import autoencoder, tokenizer, unet
 from experiments.picturebook.training import fit, settings
 from masafusion_lab.picturebook.captions import VOCABULARY
 
@@ -46,3 +46,21 @@ def test_every_word_of_the_world_is_one_token_and_strange_words_are_more(tmp_pat
 def test_a_setting_that_does_not_exist_is_named():
     with pytest.raises(Exception, match="stepps"):
         settings(autoencoder.Autoencoder, ["stepps=3"])
+
+
+def test_a_grown_unet_holds_the_coarse_one_at_the_same_scale():
+    words = ["channels=[16,32,32]", "heads=[1,2,2]"]
+    torch.manual_seed(0)
+    coarse = unet.build(settings(unet.Unet, [*words, "coarse=true"]), 8)
+    fine = unet.build(settings(unet.Unet, words), 8)
+    before = fine.conv_in.weight.clone()
+    unet.grow(fine, coarse.state_dict())
+    for inner, outer in (
+        (coarse.mid_block, fine.mid_block),
+        (coarse.down_blocks[0].attentions, fine.down_blocks[1].attentions),
+        (coarse.up_blocks[1].attentions, fine.up_blocks[1].attentions),
+    ):
+        for (name, a), b in zip(inner.state_dict().items(), outer.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+    assert torch.equal(fine.conv_in.weight, before)
+    assert fine(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 4, 8)).sample.isfinite().all()

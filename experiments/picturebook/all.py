@@ -9,12 +9,10 @@ PARTS = (
     ("autoencoder",),
     ("autoencoder", "decoder=true", "steps=1500", "lr=7e-4"),
     ("clip",),
+    ("unet", "coarse=true", "batch=32", "lr=8e-4"),
     ("unet",),
-    ("adapter", "kind=sketch"),
     ("judge",),
     ("sketcher",),
-    ("adapter", "kind=canny"),
-    ("adapter", "kind=pose"),
     ("dino",),
     ("export",),
 )

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from experiments.picturebook.data import SIZE, pixels
 from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
@@ -19,7 +20,7 @@ from experiments.picturebook.training import Part, Settings, fit, frozen, last, 
 class Autoencoder(Settings):
     """channels: of the levels; crop: the side of the training crops; kl: the weight of the KL term's mean.
 
-    decoder: afterwards train the decoder alone, on latents without noise, which stay as they are.
+    decoder: afterwards train the decoder alone, on latents without noise, which stay as they are, for structure too.
     """
 
     steps: int = 1900
@@ -61,13 +62,15 @@ class Training(Part):
         return 2 * pixels(np.stack(cut)) - 1
 
     def training_step(self, x: Tensor, k: int) -> Any:
-        """L1 + MSE + kl * KL."""
+        """L1 + MSE + kl * KL; of the decoder alone L1 + MSE + 1 - SSIM."""
         with torch.set_grad_enabled(not self.decoder):
             posterior = self.vae.encode(x).latent_dist
         out = self.vae.decode(posterior.mean if self.decoder else posterior.sample()).sample.float()
         mse = F.mse_loss(out, x)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         self.log_dict({"psnr": -10 * torch.log10(mse.detach() / 4), "kl": kl.detach()}, on_step=False, on_epoch=True)
+        if self.decoder:
+            return F.l1_loss(out, x) + mse + 1 - structural_similarity_index_measure(out, x, data_range=2.0)
         return F.l1_loss(out, x) + mse + self.kl * kl
 
 

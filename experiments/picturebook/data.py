@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from masafusion_lab.picturebook.captions import WORDINGS, caption
-from masafusion_lab.picturebook.draw import draw
+from masafusion_lab.picturebook.draw import coverage, draw
 from masafusion_lab.picturebook.scene import Scene, scene
 from masafusion_lab.picturebook.sketch import canny, posemap, sketch
 
@@ -30,13 +30,19 @@ def _canny(described: Scene, size: int) -> np.ndarray:
     return canny(draw(described, size))
 
 
+def _things(described: Scene, size: int) -> np.ndarray:
+    covered = [coverage(described, k, size) for k in range(len(described.things))]
+    return (255 * np.maximum.reduce(covered)).round().astype(np.uint8)
+
+
 KINDS: dict[str, Callable[[Scene, int], np.ndarray]] = {
     "picture": draw,
     "sketch": sketch,
     "canny": _canny,
     "pose": posemap,
+    "things": _things,
 }
-"""What can be drawn of a scene, uint8 (size, size[, 3])."""
+"""What can be drawn of a scene, uint8 (size, size[, 3]); "things": where they are."""
 
 
 @dataclass(frozen=True)

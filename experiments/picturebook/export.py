@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from experiments.picturebook import adapter, autoencoder, clip, unet
-from experiments.picturebook.training import Settings, last, settings
+from experiments.picturebook.training import Settings, settings
 
 log = logging.getLogger(__name__)
 LIMIT = 45 * 2**20
@@ -26,7 +26,7 @@ class Export(Settings):
 
 
 def export(s: Export) -> Path:
-    """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder. A part not trained is left out."""
+    """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder."""
     out, towers = Path(s.out), clip.trained(s)
     text = CLIPTextModel(towers.config.text_config)
     text.load_state_dict(towers.text_model.state_dict())
@@ -37,9 +37,9 @@ def export(s: Export) -> Path:
     ).to(dtype=torch.float16).save_pretrained(out)  # fmt: skip
     towers.half().save_pretrained(out / "clip")
     clip.words(s).save_pretrained(out / "clip")
+    levels = settings(unet.Unet, [f"root={s.root}"]).channels
     for kind in adapter.CHANNELS:
-        if last(s, f"adapter_{kind}").exists():
-            adapter.trained(s, kind).half().save_pretrained(out / f"t2iadapter_{kind}")
+        adapter.trained(s, kind, levels).half().save_pretrained(out / f"t2iadapter_{kind}")
     for name in ("judge", "dino"):
         if (made := Path(s.root) / name / "model").is_dir():
             shutil.copytree(made, out / name, dirs_exist_ok=True)

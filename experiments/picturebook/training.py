@@ -29,7 +29,9 @@ SHIPPED = {
     "autoencoder": MODEL / "vae" / "diffusion_pytorch_model.safetensors",
     "clip": MODEL / "clip" / "model.safetensors",
     "unet": MODEL / "unet" / "diffusion_pytorch_model.safetensors",
-}
+    **{f"adapter_{kind}": MODEL / f"t2iadapter_{kind}" / "diffusion_pytorch_model.safetensors"
+       for kind in ("sketch", "canny", "pose")},
+}  # fmt: skip
 
 
 @dataclass

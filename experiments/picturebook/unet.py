@@ -1,32 +1,40 @@
-"""The UNet: noise prediction in the autoencoder's latents under the frozen CLIP text tower, coarse pictures first."""
+"""The UNet and its adapters: velocities of the autoencoder's latents under the frozen CLIP text tower.
+
+`coarse=true` first trains all levels but the first on pictures of half the side, which costs a third; the whole network
+then grows around them: each level keeps its scale in the picture.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
 
-from experiments.picturebook import autoencoder, clip
+from experiments.picturebook import adapter, autoencoder, clip
 from experiments.picturebook.data import SIZE, Album, pixels
 from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
 
 log = logging.getLogger(__name__)
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-             "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1}  # fmt: skip
+             "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1,
+             "prediction_type": "v_prediction"}  # fmt: skip
 
 
 @dataclass
 class Unet(Settings):
-    """coarse: so many first steps see pictures of half the side, in batches of twice the size.
+    """coarse: the inner levels alone; more: start from the shipped weights.
 
-    snr: of min-SNR weighting; drop: the part of the prompts that is left out; more: start from the shipped weights.
+    snr: of the truncated weighting; things: what a cell that things cover weighs more than one of the background;
+    drop: the part of the prompts that is left out; hints: the part of the batches that an adapter guides.
     """
 
     steps: int = 16_000
@@ -35,21 +43,42 @@ class Unet(Settings):
     warmup: int = 300
     decay: float = 0.995
     epoch: int = 100
-    coarse: int = 5000
-    channels: list[int] = field(default_factory=lambda: [64, 128, 192])
-    heads: list[int] = field(default_factory=lambda: [2, 4, 6])
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128, 192])
+    heads: list[int] = field(default_factory=lambda: [1, 2, 4, 6])
     snr: float = 5.0
+    things: float = 3.0
     drop: float = 0.1
+    hints: float = 0.5
+    coarse: bool = False
     more: bool = False
+
+    @property
+    def size(self) -> int:
+        """The side of the pictures."""
+        return SIZE // 2 if self.coarse else SIZE
 
 
 def build(s: Unet, width: int) -> UNet2DConditionModel:
     """The untrained network for text embeddings of this width: self- and cross-attention at every resolution."""
+    channels, heads = s.channels[s.coarse :], s.heads[s.coarse :]
     return UNet2DConditionModel(
-        sample_size=SIZE // 4, block_out_channels=tuple(s.channels), layers_per_block=1, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=tuple(s.heads), cross_attention_dim=width,
+        sample_size=s.size // 4, block_out_channels=tuple(channels), layers_per_block=1, norm_num_groups=16,
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels), attention_head_dim=tuple(heads),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels), cross_attention_dim=width, time_embedding_dim=256,
     )  # fmt: skip
+
+
+def grow(unet: UNet2DConditionModel, coarse: dict[str, Tensor]) -> None:
+    """Put the coarse network's weights where they act at the same scale; where it was wider, their first part."""
+    own = unet.state_dict()
+    for name, value in coarse.items():
+        if name.startswith(("conv_in", "conv_norm_out", "conv_out")):
+            continue  # the picture enters and leaves elsewhere now
+        if name == "time_embedding.linear_1.weight":
+            value = value.unflatten(1, (-1, 2)).sum(2)  # half as many frequencies
+        there = own[re.sub(r"(?<=down_blocks\.)\d+", lambda m: str(int(m[0]) + 1), name)]
+        part = tuple(map(slice, map(min, there.shape, value.shape)))
+        there[part] = value[part]
 
 
 @torch.no_grad()
@@ -71,55 +100,60 @@ def latents(vae: AutoencoderKL, album: Album) -> np.ndarray:
 
 
 class Training(Part):
-    """The mean squared error of the noise, weighted by min-SNR."""
+    """The mean squared error of the velocity, of noisy and of fine steps alike, the things' cells before the rest."""
 
     def __init__(self, s: Unet) -> None:
         super().__init__(s)
         words, self.text = clip.words(s), clip.trained(s).text_model
         self.empty = words("", padding="max_length", return_tensors="np").input_ids[0]
         self.ids, vae = clip.tokens(words, s.album()), autoencoder.trained(s)
-        self.fine, self.coarse = (latents(vae, s.album(size=size)) for size in (SIZE, SIZE // 2))
+        self.latents = latents(vae, s.album(size=s.size))
+        self.things = s.album("things", s.size // 4).pictures
+        self.drawn = {} if s.coarse else {kind: s.album(kind).pictures for kind in adapter.CHANNELS}
         self.register_buffer("abar", DDIMScheduler(**SCHEDULER).alphas_cumprod, persistent=False)
         self.unet = build(s, self.text.config.hidden_size).to(memory_format=torch.channels_last)
-        if s.more and not last(s, "unet").exists():
-            self.unet.load_state_dict(weights(s, "unet", "unet"))
+        self.unet.set_attn_processor(AttnProcessor())  # which few pixels train faster with
+        self.adapters = nn.ModuleDict({kind: adapter.build(kind, s.channels) for kind in self.drawn})
+        if not (s.coarse or last(s, "unet").exists()):
+            if s.more:
+                self.unet.load_state_dict(weights(s, "unet", "unet"))
+                for kind, network in self.adapters.items():
+                    network.load_state_dict(weights(s, f"adapter_{kind}", f"adapters.{kind}"))
+            else:
+                grow(self.unet, weights(s, "unet_coarse", "unet"))
 
-    def batch(self, g: np.random.Generator) -> tuple[Tensor, ...]:
-        """Latents (B, 4, h, w), noise alike, timesteps (B), and ids (B, n) of a wording, of "" where dropped."""
+    def batch(self, g: np.random.Generator) -> tuple[Any, ...]:
+        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n) of a wording, of "" where dropped, the weight
+        (B, 1, h, w) of each cell, and a hint {kind: (B, 1 or 3, SIZE, SIZE) in [0, 1]} or none."""
         s: Any = self.s
-        coarse = self.trainer.global_step < s.coarse
-        n, x = (2 * s.batch, self.coarse) if coarse else (s.batch, self.fine)
-        which = np.sort(g.integers(len(self.ids), size=n))
-        x0 = torch.from_numpy(x[which]).float().to(memory_format=torch.channels_last)
-        ids = self.ids[which, g.integers(self.ids.shape[1], size=n)]
-        ids[g.random(n) < s.drop] = self.empty
+        which = np.sort(g.integers(len(self.ids), size=s.batch))
+        x0 = torch.from_numpy(self.latents[which]).float().to(memory_format=torch.channels_last)
+        ids = self.ids[which, g.integers(self.ids.shape[1], size=s.batch)]
+        ids[g.random(s.batch) < s.drop] = self.empty
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32)).to(memory_format=torch.channels_last)
-        return x0, noise, torch.from_numpy(self.timesteps(g.random(n))), torch.from_numpy(ids)
+        weight = 1 + s.things * pixels(self.things[which][..., None])
+        hint = {}
+        if self.drawn and g.random() < s.hints:
+            kind = str(g.choice(list(self.drawn), p=[0.5, 0.25, 0.25]))
+            lines = self.drawn[kind][which]
+            hint[kind] = pixels(lines if lines.ndim == 4 else lines[..., None])
+        return x0, noise, torch.from_numpy(g.integers(1000, size=s.batch)), torch.from_numpy(ids), weight, hint
 
-    def timesteps(self, u: np.ndarray) -> np.ndarray:
-        """Timesteps from numbers in [0, 1)."""
-        return (1000 * u).astype(np.int64)
-
-    def predict(self, x: Tensor, t: Tensor, text: Tensor, hint: Any) -> Tensor:
-        """The predicted noise."""
-        return self.unet(x, t, text, down_intrablock_additional_residuals=hint).sample
-
-    def training_step(self, batch: tuple[Tensor, ...], k: int) -> Tensor:
+    def training_step(self, batch: tuple[Any, ...], k: int) -> Tensor:
         """The loss."""
-        x0, noise, t, ids, *hint = batch
+        x0, noise, t, ids, weight, hint = batch
         abar = self.abar[t].view(-1, 1, 1, 1)
-        x = abar.sqrt() * x0 + (1 - abar).sqrt() * noise  # (1)
+        x, v = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * x0  # (1)
         with torch.no_grad():
             text = self.text(ids).last_hidden_state
-        error = (self.predict(x, t, text, self.features(*hint)).float() - noise).square().mean((1, 2, 3))
+        features = [f for kind, lines in hint.items() for f in self.adapters[kind](lines)] or None
+        out = self.unet(x, t, text, down_intrablock_additional_residuals=features).sample.float()
+        error = (weight * (out - v).square()).mean((1, 2, 3)) / weight.mean()
         snr = self.abar[t] / (1 - self.abar[t])
-        loss = (error * snr.clamp(max=self.s.snr) / snr).mean()  # type: ignore[attr-defined]
-        self.log_dict({"loss": loss.detach(), "mse": error.detach().mean()}, on_step=False, on_epoch=True)
+        loss = (error * ((self.s.snr + 1) / (snr + 1)).clamp(max=1)).mean()  # type: ignore[attr-defined]
+        self.log_dict({"loss": loss.detach(), "mse": error.detach().mean()}, on_step=False, on_epoch=True,
+                      batch_size=len(x))  # fmt: skip
         return loss
-
-    def features(self, *hint: Tensor) -> list[Tensor] | None:
-        """What an adapter adds; nothing here."""
-        return None
 
 
 def trained(s: Settings) -> UNet2DConditionModel:
@@ -130,7 +164,8 @@ def trained(s: Settings) -> UNet2DConditionModel:
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    fit(Training, settings(Unet, words), "unet")
+    s = settings(Unet, words)
+    fit(Training, s, "unet_coarse" if s.coarse else "unet")
 
 
 if __name__ == "__main__":
