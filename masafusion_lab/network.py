@@ -51,7 +51,8 @@ def find_unet(root: Path, fetch: Fetch, unet: str = "", network: str = "") -> Pl
     place, get = find(unet, "unet/config.json", f"model.unet={unet}")
     if get("unet/config.json") or not get("config.json"):
         return Place(place, get, "unet")
-    return Place(place.parent, lambda file: get(str(Path(file).relative_to(place.name))), place.name)
+    place = place.resolve()
+    return Place(place.parent, lambda file: path if (path := place.parent / file).is_file() else None, place.name)
 
 
 def check_prediction(at: Place, noise: Mapping[str, Any]) -> None:
