@@ -21,6 +21,8 @@ class Model:
     """A diffusers folder, a hub id such as CompVis/stable-diffusion-v1-4, or picturebook, the built-in one."""
     adapter: dict[str, str] = field(default_factory=dict)
     """T2I-Adapters by kind of hint, model.adapter.sketch=FOLDER or hub id, beside those in the model's folder."""
+    unet: str = ""
+    """Another UNet than the model's own, for a method that needs one: its folder, a whole model's, or a hub id."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision; auto: float16 on CUDA, else float32."""
     device: str = "auto"
@@ -158,7 +160,7 @@ def to_yaml(experiment: Experiment) -> str:
 
 
 def inversion(experiment: Experiment) -> Any:
-    """The inversion that the experiment names, with its settings: Direct, Ddim or NullText."""
+    """The inversion that the experiment names, with its settings."""
     from masafusion_lab.phases import INVERSIONS
 
     return _built(INVERSIONS, "inversion", experiment.inversion)

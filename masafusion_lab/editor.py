@@ -7,10 +7,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lockstep import NotFinite
-from masafusion_lab.methods import Method
+from masafusion_lab.methods import Method, needs
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -43,6 +45,7 @@ class Item:
     record: Inversion
     mask: Tensor | None = None
     hints: Mapping[str, Tensor] = field(default_factory=dict)
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,16 +132,20 @@ class Editor(LightningModule):
         record = Inversion.stack([item.record for item in batch])
         states = record.states.to(model.device)
         null = None if record.null is None else record.null.to(model.device)
-        given = self.given(batch, null)
-        x = torch.stack([noise_for(self.seed, item.id, states.shape[2:]) for item in batch]).to(model.device)
+        pixels = torch.stack([item.pixels for item in batch]).to(model.device)
+
+        def noise(purpose: str) -> Tensor:
+            of_each = [noise_for(self.seed, item.id, states.shape[2:], purpose) for item in batch]
+            return torch.stack(of_each).to(model.device)
+
+        given, x = replace(self.given(batch, null), pixels=pixels, noise=noise), noise("x")
         clock.lap("prepare")
         steps = self.method(model, given, Inversion(states, null), x, schedule=self.schedule, taps=self.taps)
         what = f"editing {batch[0].id}" if len(batch) == 1 else f"editing {len(batch)} pictures"
-        for _ in self.track(range(len(self.schedule)), what):
-            state = next(steps)
+        for state, _ in zip(steps, self.track(range(len(self.schedule)), what), strict=False):  # noqa: B007
             interrupt.check()
         clock.lap("denoise")
-        x0 = model.encode(torch.stack([item.pixels for item in batch]))
+        x0 = model.encode(pixels)
         latents = {"roundtrip": x0, "reconstruction": states[-1], "target": state.x["target"]}
         if "t2i" in state.x:
             latents["intermediate"] = state.x["t2i"]
@@ -147,6 +154,9 @@ class Editor(LightningModule):
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()
             interrupt.check()
+        if needs(self.method).paste and given.mask is not None:
+            mask = F.interpolate(given.mask, pixels.shape[-2:]).cpu()
+            pictures["target"] = mask * pictures["target"] + (1 - mask) * pixels.cpu()
         clock.lap("decode")
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = {phase: spent / len(batch) for phase, spent in clock.seconds.items()}
@@ -166,17 +176,27 @@ class Editor(LightningModule):
     def given(self, batch: Sequence[Item], null: Tensor | None) -> Given:
         """Prompts, mask, hint and null embeddings of a batch; the features of several kinds of hint are added."""
         model = self.model
-        text = model.embed([*(item.source for item in batch), *(item.target for item in batch), ""])
-        source, target, empty = text.split([len(batch), len(batch), 1])
+        told = {"source": [item.source for item in batch], "target": [item.target for item in batch]}
+        if needs(self.method).instruction:
+            told["instruction"] = [followed(model, self.method, item.instruction) for item in batch]
+        *of_each, empty = model.embed([*chain.from_iterable(told.values()), ""]).split([*map(len, told.values()), 1])
         masks = [item.mask for item in batch if item.mask is not None]
         features = [model.hint(kind, torch.stack([item.hints[kind] for item in batch])) for kind in batch[0].hints]
         return Given(
-            {"source": source, "target": target, "empty": empty.expand_as(source)},
+            {**dict(zip(told, of_each, strict=True)), "empty": empty.expand(len(batch), -1, -1)},
             mask=torch.stack(masks).to(model.device) if masks else None,
             hint=tuple(map(sum, zip(*features, strict=True))) if features else None,  # type: ignore[arg-type]
             null=null,
             texts={"source": [item.source for item in batch], "target": [item.target for item in batch]},
         )
+
+
+def followed(model: StableDiffusion, method: Method, instruction: str) -> str:
+    """The instruction as the method's network reads it, with what is appended; "" for a method that follows none."""
+    needed = needs(method)
+    if not (needed.instruction and instruction):
+        return ""
+    return instruction + (model.suffix if needed.suffix is None else needed.suffix)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

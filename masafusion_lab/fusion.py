@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
 
@@ -12,6 +12,13 @@ from masafusion_lab import InputError
 
 HALVES = ("null", "text")
 """The two halves of classifier-free guidance, (3)."""
+
+NO_REGION = "this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1"
+FOLLOWED = {
+    "target": 'a target prompt: give target="a red cat"',
+    "instruction": 'an instruction: give instruction="make the cat red"',
+}
+"""What a person is told who did not give a prompt that a method follows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ class Branch:
     """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null`.
 
     `null` names a prompt of `Given` or is "tuned": the record's optimised embedding of the step, where there is one.
-    `feature`: the branch whose residual features it takes, as V, of the blocks before the listed self-attention layers.
+    `w`: its guidance, if not the loop's. `feature`: the branch whose residual features it takes, as V, of the blocks
+    before the listed self-attention layers. `extra`: what of `Given.extra` the UNet sees beside the latent.
     """
 
     x: str
@@ -107,12 +115,22 @@ class Branch:
     take: Take = Take()
     words: Words | None = None
     feature: Take = Take()
+    w: float | None = None
+    extra: str | None = None
 
     @property
     def rules(self) -> dict[str, Take | Words]:
         """Its rules that read another branch, by what their layers are."""
         rules = {"self-attention": self.take, "cross-attention": self.words, "residual": self.feature}
         return {kind: rule for kind, rule in rules.items() if rule is not None and rule.read}
+
+    def guidance(self, w: float) -> float:
+        """Its w of (3) in a loop of guidance w."""
+        return w if self.w is None else self.w
+
+    def halves(self, w: float) -> tuple[str, ...]:
+        """The halves of guidance that it needs in a loop of guidance w: at 1 the text alone."""
+        return HALVES if self.guidance(w) != 1 else HALVES[1:]
 
 
 @dataclass(frozen=True)
@@ -129,38 +147,57 @@ class Masked:
 
 
 @dataclass(frozen=True)
-class Faded:
-    """A share of branch `first`'s eps, share[i] at step i, and the rest of branch `second`'s."""
+class Weighted:
+    """The sum of branches' eps, each times its weight, or its weight at each step: guidance by several conditions."""
 
-    first: str
-    second: str
-    share: tuple[float, ...]
+    weights: Mapping[str, float | Sequence[float]]
 
 
-Noise: TypeAlias = str | Masked | Faded
-"""What denoises a latent: a branch, or two by mask or by share."""
+Noise: TypeAlias = str | Masked | Weighted
+"""What denoises a latent: a branch, two by mask, or a weighted sum."""
+
+
+@dataclass(frozen=True)
+class Sde:
+    """Stochastic steps of a latent: `eta` of their noise is new, 0 none (DDIM), 1 as in DDPM and Euler ancestral.
+
+    That noise is fresh, or, with `like`, what takes the latent of that branch, which is replayed, from its state to its
+    next one: the noise maps of cycle-SDE and of edit-friendly inversion. In other steps than `steps` none is added.
+    """
+
+    eta: float = 1.0
+    like: str | None = None
+    steps: Container[int] = Span()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A method: its branches, and for each latent that is denoised the branch, or the two, that denoise it."""
+    """A method: its branches, and for each latent that is denoised the rule that denoises it.
+
+    `sde`: the latents whose steps are stochastic; `masked`: whether it needs a region, also beside its rules.
+    """
 
     branches: Mapping[str, Branch]
     noise: Mapping[str, Noise]
+    sde: Mapping[str, Sde] = field(default_factory=dict)
+    masked: bool = False
 
     def used(self, i: int) -> Iterator[str]:
         """The branches whose eps step i uses."""
         for rule in self.noise.values():
-            yield from _denoisers(rule)[: 1 if isinstance(rule, Masked) and i not in rule.steps else 2]
+            yield from denoisers(rule, i)
+        yield from (sde.like for sde in self.sde.values() if sde.like is not None and i in sde.steps)
 
-    def rows(self, i: int, halves: Sequence[str] = HALVES) -> tuple[tuple[str, str], ...]:
-        """The (branch, half) that step i needs, in the plan's order: those used, and those that these read."""
-        used = set(self.used(i))
-        need = {(name, half) for name in used for half in halves}
-        for rule in (rule for name in used for rule in self.branches[name].rules.values() if i in rule.steps):
-            on = [half for half in halves if half in rule.halves]
-            need |= {(name, "text" if rule.from_text else half) for name in rule.read for half in on}
-        return tuple((name, half) for half in halves for name in self.branches if (name, half) in need)
+    def rows(self, i: int, w: float = 0.0) -> tuple[tuple[str, str], ...]:
+        """The (branch, half) that step i of a loop of guidance w needs, in order: those used, and those they read."""
+        need: set[tuple[str, str]] = set()
+        for name in set(self.used(i)):
+            branch = self.branches[name]
+            need |= {(name, half) for half in branch.halves(w)}
+            for rule in branch.rules.values():
+                on = [half for half in branch.halves(w) if half in rule.halves] if i in rule.steps else []
+                need |= {(read, "text" if rule.from_text else half) for read in rule.read for half in on}
+        return tuple((name, half) for half in HALVES for name in self.branches if (name, half) in need)
 
     def at(self, i: int) -> dict[str, Branch]:
         """Only the branches that step i needs, in the plan's order."""
@@ -180,14 +217,17 @@ class Plan:
         `masked` and `hinted`: whether there is a region, and a condition for the adapter.
         """
         by_mask = any(isinstance(rule, Masked) and not rule.optional for rule in self.noise.values())
-        if not masked and (by_mask or any(branch.take.keys == "masked" for branch in self.branches.values())):
-            raise InputError("this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1")
+        by_mask = by_mask or any(branch.take.keys == "masked" for branch in self.branches.values())
+        if not masked and (self.masked or by_mask):
+            raise InputError(NO_REGION)
         if not hinted and any(branch.hint for branch in self.branches.values()):
             raise InputError("this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
         for name, branch in self.branches.items():
             if branch.x not in latents:
                 raise InputError(f"branch {name!r} denoises latent {branch.x!r}, which has no start")
             for prompt in (branch.prompt, branch.null):
+                if prompt in FOLLOWED and prompt not in prompts:
+                    raise InputError(f"this method follows {FOLLOWED[prompt]}")
                 if prompt not in prompts and prompt != "tuned":
                     raise InputError(f"branch {name!r} wants prompt {prompt!r}, which is not given")
             for kind, rule in branch.rules.items():
@@ -198,16 +238,18 @@ class Plan:
                 if not any(d in rule.layers for d in range(layers)):
                     raise InputError(f"branch {name!r}: {rule.layers} holds none of the {layers} {kind} layers")
         for latent, noise in self.noise.items():
-            for name in _denoisers(noise):
+            for name in denoisers(noise):
                 if name not in self.branches or self.branches[name].x != latent:
                     raise InputError(f"latent {latent!r} is denoised by {name!r}, no branch on that latent")
 
 
-def _denoisers(rule: Noise) -> tuple[str, ...]:
-    """The branches that a rule names, the one that is always used first."""
+def denoisers(rule: Noise, i: int | None = None) -> tuple[str, ...]:
+    """The branches that a rule uses, in step i or in any."""
     if isinstance(rule, str):
         return (rule,)
-    return (rule.inside, rule.outside) if isinstance(rule, Masked) else (rule.first, rule.second)
+    if isinstance(rule, Weighted):
+        return tuple(rule.weights)
+    return (rule.inside, rule.outside) if i is None or i in rule.steps else (rule.inside,)
 
 
 @dataclass(frozen=True)
@@ -225,9 +267,11 @@ class Follow:
 class Given:
     """What a batch of B cases gives a method.
 
-    `prompts`: name -> (B, n, d), with "source", "target" and "empty"; `mask`: A at latent resolution, (B, 1, h, w) in
-    [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings;
-    `texts`: "source" and "target" as they were typed, B each; `words`: what `Branch.words` follows by.
+    `prompts`: name -> (B, n, d), with "source", "target" and "empty", and "instruction" for methods that follow one;
+    `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level;
+    `null`: (T, B, n, d), the record's embeddings; `texts`: "source" and "target" as they were typed, B each; `words`:
+    what `Branch.words` follows by; `pixels`: the pictures (B, 3, H, W) in [0, 1]; `noise`: purpose -> Gaussian noise
+    (B, C, h, w), each case's own; `extra`: name -> (B, c, h, w), what the UNet sees beside a latent.
     """
 
     prompts: Mapping[str, Tensor]
@@ -236,6 +280,9 @@ class Given:
     null: Tensor | None = None
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     words: Follow | None = None
+    pixels: Tensor | None = None
+    noise: Callable[[str], Tensor] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""

@@ -1,4 +1,4 @@
-"""Inversion of a real picture: its record, DDIM inversion (5), guided resimulation (4), and direct inversion."""
+"""Inversion of a real picture: its record, DDIM inversion (5), guided resimulation (4), and what is made of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Inversion:
     """The record of B inverted pictures, all that an edit needs of them.
 
     `states` (T + 1, B, C, h, w), float32: what the source branch reads at state i, x_T first. `null` (T, B, n, d): the
-    null embedding optimised for each step, or None.
+    null embedding of each step, where the inversion chose one, or None.
     """
 
     states: Tensor
@@ -149,3 +149,77 @@ class Ddim(Direct):
         """The record; see `Direct.invert`."""
         x_T = super().invert(model, x0, text, empty, schedule, track=track).states[0]
         return Inversion(retrace(model, x_T, text, empty, schedule, w=self.guidance, track=track))
+
+
+@dataclass(frozen=True)
+class Npi(Direct):
+    """Negative-prompt inversion: the source prompt's own embedding is the null one, so guidance cancels in the source.
+
+    Miyake et al. 2023: what null-text inversion approximates, without optimising. The record is the resimulation.
+    """
+
+    name: ClassVar[str] = "npi"
+
+    def invert(
+        self,
+        model: StableDiffusion,
+        x0: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        schedule: Schedule,
+        *,
+        track: Track = silent,
+    ) -> Inversion:
+        """The record; see `Direct.invert`."""
+        x_T = super().invert(model, x0, text, empty, schedule, track=track).states[0]
+        states = retrace(model, x_T, text, text, schedule, w=1, track=track)  # (3) is C_S's eps for every w
+        return Inversion(states, text.float().expand(len(schedule), *text.shape))
+
+
+@dataclass(frozen=True)
+class EditFriendly:
+    """Edit-friendly inversion: each state is the picture under noise of its own, (1), with no network asked.
+
+    Huberman-Spiegelglas et al. 2024. The noise maps are what leads from state to state beside the network's prediction:
+    `method.name=edit_friendly` edits along them. To other methods the record is a source like any other.
+    """
+
+    name: ClassVar[str] = "edit_friendly"
+    seed: int = 0
+    """Of the noise, which is the same for every picture of a size."""
+
+    def invert(
+        self,
+        model: StableDiffusion,
+        x0: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        schedule: Schedule,
+        *,
+        track: Track = silent,
+    ) -> Inversion:
+        """The record; see `Direct.invert`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        x0 = x0.float()
+        noise = torch.randn(len(schedule), 1, *x0.shape[1:], generator=generator).to(x0.device)
+        return Inversion(torch.stack([*(schedule.diffuse(x0, noise[i], i) for i in range(len(schedule))), x0]))
+
+
+@dataclass(frozen=True)
+class NoInversion:
+    """For methods that start from noise: the record is x_0 alone, states (1, B, C, h, w)."""
+
+    name: ClassVar[str] = "none"
+
+    def invert(
+        self,
+        model: StableDiffusion,
+        x0: Tensor,
+        text: Tensor,
+        empty: Tensor,
+        schedule: Schedule,
+        *,
+        track: Track = silent,
+    ) -> Inversion:
+        """The record; see `Direct.invert`."""
+        return Inversion(x0.float()[None])

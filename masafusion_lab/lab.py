@@ -17,8 +17,8 @@ from torch import Tensor
 from masafusion_lab import InputError, __version__, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared, prepare
-from masafusion_lab.inversion import Direct, Track, silent
-from masafusion_lab.methods import METHODS, Method
+from masafusion_lab.inversion import Direct, NoInversion, Track, silent
+from masafusion_lab.methods import METHODS, Method, needs
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
 from masafusion_lab.schedule import Schedule
@@ -35,7 +35,7 @@ class Lab:
     model: StableDiffusion
     schedule: Schedule
     method: Method
-    inversion: Direct | NullText
+    inversion: Direct | NoInversion | NullText
     store: Store
     seed: int = 0
     batch: int = 1
@@ -70,8 +70,12 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
     precision = str(experiment.trainer.get("precision", "32-true"))
     if precision.endswith("-true") and precision != "32-true":
         raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
+    needed = needs(method)
+    if not needed.inversion:
+        log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
+        inversion = NoInversion()
     store = Store(Path(experiment.store) if experiment.store else None)
-    model = StableDiffusion.load(**vars(experiment.model))
+    model = StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
         make(model.device, experiment.trainer)
     return Lab(

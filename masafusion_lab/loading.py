@@ -16,6 +16,16 @@ import torch
 
 from masafusion_lab import InputError
 from masafusion_lab.hub import Fetch, Files, find, one_line, read_json, weight_files
+from masafusion_lab.network import (
+    BASE,
+    SUFFIX,
+    TAUGHT,
+    check_channels,
+    check_prediction,
+    find_unet,
+    fingerprint,
+    read_changes,
+)
 from masafusion_lab.schedule import Schedule
 
 CLASSES = {
@@ -28,15 +38,20 @@ CLASSES = {
 """The classes a part may be of; the first is what a configuration without a name means."""
 
 
-def read(name: str, adapter: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
+def read(
+    name: str, adapter: Mapping[str, str], dtype: torch.dtype, *, unet: str = "", network: str = ""
+) -> dict[str, Any]:
     """The parts of model `name`, a folder or hub id, and of the adapters (kind -> folder or hub id), by keyword.
 
-    All configurations are checked against one another, and all files for damage, before the first weight is read.
-    Raises InputError.
+    `network`: the kind of UNet that is wanted; `unet`: where it lies, if not in the model's own folder. All
+    configurations are checked against one another, and all files for damage, before the first weight is read. Raises
+    InputError.
     """
     root, fetch = find(name, "model_index.json", f"model.path={name}")
-    config = {part: read_json(fetch, f"{part}/config.json", root) for part in ("unet", "vae", "text_encoder")}
-    check_family(read_json(fetch, "model_index.json", root), config, root)
+    config = {part: read_json(fetch, f"{part}/config.json", root) for part in ("vae", "text_encoder")}
+    at = find_unet(root, fetch, unet, network)
+    config["unet"] = read_json(at.fetch, f"{at.part}/config.json", at.root)
+    check_family(read_json(fetch, "model_index.json", root), config, root, at.root / at.part, network)
     noise = read_json(fetch, "scheduler/scheduler_config.json", root)
     try:
         Schedule.from_config(noise, 1)
@@ -49,25 +64,42 @@ def read(name: str, adapter: Mapping[str, str], dtype: torch.dtype) -> dict[str,
     }
     for kind, (place, get) in places.items():
         check_adapter(kind, read_json(get, "config.json", place), config["unet"], config["vae"], place)
-    files = {part: weight_files(fetch, root, part, dtype) for part in config}
+    files = {part: weight_files(fetch, root, part, dtype) for part in ("vae", "text_encoder")}
+    files["unet"] = weight_files(at.fetch, at.root, at.part, dtype)
+    base = weight_files(fetch, root, "unet", dtype) if BASE in config["unet"] else None
+    if base and config["unet"][BASE] != fingerprint(base.names):
+        raise InputError(f"{at.root / at.part}: changes another UNet than {base.folder}; take both from one model")
+    check_prediction(at, noise)
     of_adapters = {kind: weight_files(get, place, "", dtype) for kind, (place, get) in places.items()}
     with quiet():
         import diffusers
         from transformers import CLIPTextModel
 
+        if base is None:
+            net = _weights(diffusers.UNet2DConditionModel, files["unet"], dtype)
+        else:
+            net = diffusers.UNet2DConditionModel.from_config(config["unet"])
+            read_changes(net, base, files["unet"])
+            net.to(dtype)
         autoencoder = getattr(diffusers, config["vae"].get("_class_name", "AutoencoderKL"))
         return {
             "tokenizer": _tokenizer(root, fetch, config["text_encoder"].get("vocab_size", 49408)),
-            "unet": _weights(diffusers.UNet2DConditionModel, files["unet"], dtype),
+            "unet": net,
             "vae": _weights(autoencoder, files["vae"], dtype),
             "text_encoder": _weights(CLIPTextModel, files["text_encoder"], dtype),
             "adapters": {kind: _weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
             "config": noise,
+            "suffix": str(config["unet"].get(TAUGHT, SUFFIX)),
         }
 
 
-def check_family(index: Mapping[str, Any], config: dict[str, dict[str, Any]], root: Path) -> None:
-    """Raise InputError unless UNet, autoencoder and text encoder are of SD 1.x / 2.x and fit one another."""
+def check_family(
+    index: Mapping[str, Any], config: dict[str, dict[str, Any]], root: Path, place: Path, network: str = ""
+) -> None:
+    """Raise InputError unless UNet (in `place`), autoencoder and text encoder are of SD 1.x / 2.x and fit one another.
+
+    And unless the UNet has the input channels of the kind that is wanted.
+    """
     unet, vae, text = (config[part] for part in ("unet", "vae", "text_encoder"))
     if "XL" in str(index.get("_class_name")) or "text_encoder_2" in index or unet.get("addition_embed_type"):
         raise InputError(
@@ -75,15 +107,14 @@ def check_family(index: Mapping[str, Any], config: dict[str, dict[str, Any]], ro
         )
     text = {**text, "_class_name": (text.get("architectures") or CLASSES["text_encoder"])[0]}
     for part, values in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        _check_class(part, values, root / part)
-    if (channels := unet.get("in_channels", 4)) != (latent := vae.get("latent_channels", 4)):
-        task = {9: ", an inpainting model's", 8: ", an instruction-tuned or upscaling model's"}.get(channels, "")
-        raise InputError(f"{root / 'unet'}: in_channels={channels}{task}; the autoencoder's latents have {latent}")
+        _check_class(part, values, place if part == "unet" else root / part)
+    latent = vae.get("latent_channels", 4)
+    check_channels(unet, latent, network, place)
     if (channels := unet.get("out_channels", 4)) != latent:
-        raise InputError(f"{root / 'unet'}: out_channels={channels}; the autoencoder's latents have {latent}")
+        raise InputError(f"{place}: out_channels={channels}; the autoencoder's latents have {latent}")
     if (width := unet.get("cross_attention_dim", 1280)) != text.get("hidden_size", 512):
         raise InputError(
-            f"{root / 'unet'}: cross_attention_dim={width} does not fit the text encoder's hidden_size="
+            f"{place}: cross_attention_dim={width} does not fit the text encoder's hidden_size="
             f"{text.get('hidden_size', 512)}; these parts belong to different models (SD 1.x has 768, SD 2.x 1024)"
         )
 

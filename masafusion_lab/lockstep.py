@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import HALVES, Branch, Faded, Given, Noise, Plan
+from masafusion_lab.fusion import HALVES, Branch, Given, Noise, Plan, Weighted
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -53,11 +54,18 @@ def lockstep(
         plan = plan.everywhere()
     for i in range(start, len(schedule)):
         x |= {name: states[i] for name, states in replay.items()}
-        needed = plan.rows(i, HALVES if w != 1 else ("text",))
+        needed = plan.rows(i, w)
         eps = predict(model, plan.at(i), x, given, i, schedule=schedule, w=w, taps=taps, rows=needed)
         rows += len(needed)
         for name, rule in plan.noise.items():
-            x[name] = schedule.denoise(x[name], mix(eps, rule, given.mask, i), i)
+            e, sde = mix(eps, rule, given.mask, i), plan.sde.get(name)
+            x[name] = schedule.denoise(x[name], e, i, sde.eta if sde else 0.0)
+            if sde and i in sde.steps:
+                if sde.like is None:
+                    x[name] = x[name] + schedule.sigma(i, sde.eta) * fresh(given, f"{name} {i}")
+                else:
+                    like = plan.branches[sde.like].x
+                    x[name] = x[name] + replay[like][i + 1] - schedule.denoise(x[like], eps[sde.like], i, sde.eta)
             if not x[name].isfinite().all():
                 raise NotFinite(f"latent {name!r} is not finite after step {i} of {len(schedule)}")
         state = State(i + 1, x | {name: states[i + 1] for name, states in replay.items()}, rows)
@@ -69,25 +77,42 @@ def lockstep(
 
 
 def check(
-    model: StableDiffusion, plan: Plan, given: Given, schedule: Schedule, *, latents: Container[str] | None = None
+    model: StableDiffusion,
+    plan: Plan,
+    given: Given,
+    schedule: Schedule,
+    *,
+    latents: Container[str] | None = None,
+    prompts: Container[str] | None = None,
 ) -> None:
-    """Raise InputError for a plan that this model and batch cannot follow; `latents`: those that have a start."""
+    """Raise InputError for a plan that this model and batch cannot follow.
+
+    `latents`: those that have a start, if not all; `prompts`: those that say something, if not all that are given.
+    """
     plan.check(
         steps=len(schedule),
         layers=sum(not site.cross for site in model.sites),
         latents={branch.x for branch in plan.branches.values()} if latents is None else latents,
-        prompts=given.prompts.keys(),
+        prompts=given.prompts.keys() if prompts is None else prompts,
         masked=given.mask is not None,
         hinted=given.hint is not None,
     )
 
 
+def fresh(given: Given, purpose: str) -> Tensor:
+    """Gaussian noise (B, C, h, w) for a purpose, each case's own. Raises InputError where there is no source of it."""
+    if given.noise is None:
+        raise InputError(f"noise for {purpose!r} is wanted, and no source of noise is given: Given(noise=...)")
+    return given.noise(purpose)
+
+
 def mix(eps: Mapping[str, Tensor], rule: Noise, mask: Tensor | None, i: int) -> Tensor:
-    """The eps that denoises a latent at step i: a branch's, or two by mask, pixel by pixel as (9), (10) and (14)."""
+    """The eps that denoises a latent at step i: one, a sum, or two by mask, pixel by pixel as (9), (10), (14)."""
     if isinstance(rule, str):
         return eps[rule]
-    if isinstance(rule, Faded):
-        return rule.share[i] * eps[rule.first] + (1 - rule.share[i]) * eps[rule.second]
+    if isinstance(rule, Weighted):
+        weights = {name: v if isinstance(v, float | int) else v[i] for name, v in rule.weights.items()}
+        return torch.stack([weight * eps[name] for name, weight in weights.items()]).sum(0)
     if i not in rule.steps or mask is None:
         return eps[rule.inside]
     inside, outside = eps[rule.inside], eps[rule.outside]
@@ -109,20 +134,24 @@ def predict(
 ) -> dict[str, Tensor]:
     """The guided eps (B, C, h, w) of each branch at step i, all in one UNet call of rows x B.
 
-    `rows`: the (branch, half) to compute, if not all; there is an eps of the branches that have both halves.
+    `rows`: the (branch, half) to compute, if not all; there is an eps of the branches that have all their halves.
     """
-    halves = HALVES if w != 1 else ("text",)
-    rows = rows or tuple((name, half) for half in halves for name in branches)
+    rows = rows or tuple((b, half) for half in HALVES for b, branch in branches.items() if half in branch.halves(w))
     latents = torch.cat([x[branches[name].x] for name, _ in rows])
+    beside = [given.extra[name] for b, _ in rows if (name := branches[b].extra) is not None]
+    if len(beside) not in (0, len(rows)):
+        raise InputError(f"of {', '.join(branches)} some have extra channels and some none: one UNet cannot take both")
     text = torch.cat([given.prompt(getattr(branches[b], "prompt" if h == "text" else "null"), i) for b, h in rows])
     hints = [hint if (hint := branches[b].hint) and i in hint.steps and h in hint.halves else None for b, h in rows]
     features = None
     if any(hints) and given.hint is not None:
         features = [torch.cat([hint.scale * f if hint else torch.zeros_like(f) for hint in hints]) for f in given.hint]
-    step = Step(i, rows, branches, taps, given)
-    eps = model.eps(latents, i, schedule, text, hint=features, step=step).unflatten(0, (len(rows), -1))
-    by_row = dict(zip(rows, eps, strict=True))
-    whole = [name for name in branches if all((name, half) in by_row for half in halves)]
-    if w == 1:
-        return {name: by_row[name, "text"] for name in whole}
-    return {b: by_row[b, "null"] + w * (by_row[b, "text"] - by_row[b, "null"]) for b in whole}  # (3)
+    step, extra = Step(i, rows, branches, taps, given), torch.cat(beside) if beside else None
+    eps = model.eps(latents, i, schedule, text, hint=features, step=step, extra=extra).unflatten(0, (len(rows), -1))
+    by_row, out = dict(zip(rows, eps, strict=True)), {}
+    for b, branch in branches.items():
+        if all((b, half) in by_row for half in branch.halves(w)):
+            out[b] = by_row[b, "text"]
+            if len(branch.halves(w)) > 1:
+                out[b] = by_row[b, "null"] + branch.guidance(w) * (out[b] - by_row[b, "null"])  # (3)
+    return out

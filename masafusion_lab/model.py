@@ -19,6 +19,7 @@ from torch import Tensor
 from masafusion_lab import InputError, words
 from masafusion_lab.attention import Site, Step, install
 from masafusion_lab.loading import choose_device, choose_dtype, read
+from masafusion_lab.network import SUFFIX
 from masafusion_lab.residual import sharing
 from masafusion_lab.schedule import Schedule
 
@@ -32,7 +33,8 @@ IGNORED = "_|dtype$|torch_dtype$|transformers_version$"
 class StableDiffusion:
     """UNet, autoencoder, text encoder and adapters of one model, with their conventions of pixels and text.
 
-    `offload`: every part stays in main memory but while it is used. One thread at a time.
+    `offload`: every part stays in main memory but while it is used. `suffix`: how its UNet, if one of graded rewards,
+    is told to do its best. One thread at a time.
     """
 
     unet: Any
@@ -43,6 +45,7 @@ class StableDiffusion:
     adapters: dict[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
+    suffix: str = SUFFIX
 
     def __post_init__(self) -> None:
         """Freeze every part, put it where it belongs, and install the attention processor."""
@@ -58,6 +61,8 @@ class StableDiffusion:
         path: str = "picturebook",
         *,
         adapter: Mapping[str, str] | None = None,
+        unet: str = "",
+        network: str = "",
         dtype: str = "float32",
         device: str = "cpu",
         offload: str = "none",
@@ -66,6 +71,7 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load a diffusers folder or hub id, with the adapters that lie in it or are given as kind -> folder or id.
 
+        `unet`: the folder or id of another UNet than the model's own; `network`: its kind, see `loading.NETWORKS`.
         `dtype` and `device` may be "auto": float16 on CUDA, else float32. `offload="model"` keeps every part in main
         memory but while it is used; `tiling` encodes and decodes large pictures by tiles, one at a time; `compile`
         compiles the UNet's residual and feed-forward blocks. Raises InputError for what is no whole SD 1.x / 2.x model.
@@ -76,7 +82,7 @@ class StableDiffusion:
         if offload == "model" and place.type == "cpu":
             log.warning("model.offload=model is of use with a GPU only: ignored, the model runs on the CPU")
             offload = "none"
-        parts = read(path, adapter or {}, choose_dtype(dtype, place))
+        parts = read(path, adapter or {}, choose_dtype(dtype, place), unet=unet, network=network)
         model = cls(**parts, device=place, offload=offload == "model")
         if tiling:
             model.vae.enable_tiling()
@@ -184,14 +190,21 @@ class StableDiffusion:
         hint: Iterable[Tensor] | None = None,
         step: Step | None = None,
         level: int | None = None,
+        extra: Tensor | None = None,
     ) -> Tensor:
         """The noise eps (R, C, h, w), float32, that the UNet sees at step i in latents x under text (R, n, d).
 
-        `level` is the state that x is at, if not i: DDIM inversion asks at timestep i about state i + 1.
+        `level` is the state that x is at, if not i: DDIM inversion asks at timestep i about state i + 1. `extra`
+        (R, c, h, w) lies beside the latents in the UNet's input. Raises InputError for a UNet of other channels.
         """
+        given = x if extra is None else torch.cat([x, extra], 1)
+        if given.shape[1] != (channels := self.unet.config.in_channels):
+            raise InputError(
+                f"this UNet has {channels} input channels and is given {given.shape[1]}: it was made for another method"
+            )
         with sharing(self.unet, self.sites, step):
             out = self._use(self.unet)(
-                x.to(self.dtype),
+                given.to(self.dtype),
                 schedule.timesteps[i],
                 text.to(self.dtype),
                 down_intrablock_additional_residuals=None if hint is None else [f.to(self.dtype) for f in hint],

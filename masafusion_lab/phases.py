@@ -18,8 +18,8 @@ from masafusion_lab import InputError, __version__, interrupt
 from masafusion_lab.callbacks import Job, Mirror, Results
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared
-from masafusion_lab.editor import Clock, Editor, Item, out_of_memory, precisely
-from masafusion_lab.inversion import Ddim, Direct, Inversion, Track
+from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, precisely
+from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.lockstep import check
 from masafusion_lab.null_text import NullText
@@ -30,7 +30,13 @@ __all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
 
 log = logging.getLogger(__name__)
 
-INVERSIONS: dict[str, type] = {"direct": Direct, "ddim": Ddim, "null_text": NullText}
+INVERSIONS: dict[str, type] = {
+    "direct": Direct,
+    "ddim": Ddim,
+    "null_text": NullText,
+    "npi": Npi,
+    "edit_friendly": EditFriendly,
+}
 """Name, as in `inversion.name=...`, to class."""
 
 
@@ -157,7 +163,8 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     prepared, model = lab.prepare(case), lab.model
     height, width = prepared.pixels.shape[-2:]
     model.check_size(height, width)
-    for prompt in (case.source, case.target):
+    told = {"target": case.target, "instruction": followed(model, lab.method, case.instruction)}
+    for prompt in (case.source, *told.values()):
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     item = _item(case, prepared, Inversion(torch.empty(0)))
@@ -166,14 +173,15 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
         if hasattr(lab.method, "prepare"):
             given = lab.method.prepare(model, given, lab.schedule)
         if hasattr(lab.method, "plan"):
-            check(model, lab.method.plan(model.sites, len(lab.schedule)), given, lab.schedule)
+            said = {"source", "empty", *(name for name, text in told.items() if text)}
+            check(model, lab.method.plan(model.sites, len(lab.schedule)), given, lab.schedule, prompts=said)
     except InputError as error:
         raise InputError(f"{case.id}: {error}") from None
     record = record_facts(lab, prepared.pixels, case.source)
     depends = {
         "record": record,
         "case": case.id,
-        "target": case.target,
+        **told,
         "mask": None if prepared.mask is None else sha256(prepared.mask),
         "hints": {kind: sha256(hint) for kind, hint in prepared.hints.items()},
         "adapters": model.digest(sorted(prepared.hints)),
@@ -223,7 +231,9 @@ def edit(
 
 
 def _item(case: Case, prepared: Prepared, record: Inversion) -> Item:
-    return Item(case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints)
+    return Item(
+        case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints, case.instruction
+    )
 
 
 class Batches:

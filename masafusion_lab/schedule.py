@@ -60,9 +60,17 @@ class Schedule:
         """The cumulative alpha of state i, 0 <= i <= T."""
         return float(self.abar[i])
 
-    def denoise(self, x: Tensor, eps: Tensor, i: int) -> Tensor:
-        """State i -> i + 1 along the predicted noise (DDIM, eta 0)."""
-        return self._move(x, eps, self.level(i), self.level(i + 1))  # (4)
+    def denoise(self, x: Tensor, eps: Tensor, i: int, eta: float = 0.0) -> Tensor:
+        """State i -> i + 1 along the predicted noise (DDIM), but for the noise `sigma(i, eta)` that is still to add."""
+        return self._move(x, eps, self.level(i), self.level(i + 1), self.sigma(i, eta))  # (4)
+
+    def sigma(self, i: int, eta: float = 1.0) -> float:
+        """The standard deviation of the new noise in the step from state i; at eta 1 DDPM's and Euler ancestral's.
+
+        Song et al. 2021 (DDIM), equation (16).
+        """
+        a, b = self.level(i), self.level(i + 1)
+        return eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
 
     def noise(self, x: Tensor, eps: Tensor, i: int) -> Tensor:
         """State i + 1 -> i, the inverse of `denoise` for the same eps."""
@@ -73,6 +81,11 @@ class Schedule:
         a = self.level(i)
         return a**0.5 * x0 + (1 - a) ** 0.5 * eps  # (1)
 
+    def renoise(self, x: Tensor, eps: Tensor, i: int) -> Tensor:
+        """State i + 1 -> i by noise alone: a step of the Markov chain whose marginals `diffuse` gives."""
+        a = self.level(i) / self.level(i + 1)
+        return a**0.5 * x + (1 - a) ** 0.5 * eps
+
     def eps(self, x: Tensor, out: Tensor, i: int) -> Tensor:
         """The noise that a UNet output means, x being at state i: itself, or from a v-prediction."""
         if self.prediction == "epsilon":
@@ -81,5 +94,5 @@ class Schedule:
         return a**0.5 * out + (1 - a) ** 0.5 * x
 
     @staticmethod
-    def _move(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-        return (b / a) ** 0.5 * x + b**0.5 * (((1 - b) / b) ** 0.5 - ((1 - a) / a) ** 0.5) * eps
+    def _move(x: Tensor, eps: Tensor, a: float, b: float, sigma: float = 0.0) -> Tensor:
+        return (b / a) ** 0.5 * x + b**0.5 * (((1 - b - sigma**2) / b) ** 0.5 - ((1 - a) / a) ** 0.5) * eps

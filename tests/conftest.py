@@ -47,6 +47,17 @@ def tiny_root(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(scope="session")
+def tiny_networks(tmp_path_factory):
+    """The folder of such a model with the UNets of other input channels beside its own: instruct, hive, inpaint."""
+    from tests.tiny import tiny_folder, tiny_network
+
+    root = tiny_folder(tmp_path_factory.mktemp("networks"))
+    for kind, channels in (("instruct", 8), ("hive", 8), ("inpaint", 9)):
+        tiny_network(root, kind, channels, seed=channels)
+    return root
+
+
 @pytest.fixture
 def tiny(tiny_root):
     """That model, loaded."""

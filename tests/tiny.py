@@ -73,10 +73,7 @@ def tiny_folder(root: Path, *, prediction: str = "epsilon", sample_size: int = 1
         steps_offset=1,
         prediction_type=prediction,
     )
-    with torch.no_grad():  # random weights say almost nothing at their default size: make words and features matter
-        for name, p in unet.named_parameters():
-            if "attn" in name and name.endswith("weight"):
-                p.mul_(3)
+    loud(unet)
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
@@ -97,6 +94,23 @@ def tiny_folder(root: Path, *, prediction: str = "epsilon", sample_size: int = 1
         )
         adapter.save_pretrained(root / f"t2iadapter_{kind}")
     return root
+
+
+def loud(unet: UNet2DConditionModel) -> None:
+    """Make words and features matter, of which random weights say almost nothing at their default size."""
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "attn" in name and name.endswith("weight"):
+                p.mul_(3)
+
+
+def tiny_network(root: Path, kind: str, channels: int, *, seed: int = 1) -> Path:
+    """Write unet_<kind>/ beside the folder's UNet, alike but for its input channels; returns its folder."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**{**UNet2DConditionModel.load_config(root / "unet"), "in_channels": channels})
+    loud(unet)
+    unet.save_pretrained(root / f"unet_{kind}")
+    return root / f"unet_{kind}"
 
 
 def tiny_model(root: Path, **changes):

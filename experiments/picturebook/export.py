@@ -11,11 +11,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from experiments.picturebook import adapter, autoencoder, clip, unet
-from experiments.picturebook.training import Settings, settings
+from experiments.picturebook import adapter, autoencoder, clip, grown, instruct, unet
+from experiments.picturebook.training import Settings, last, settings
+from masafusion_lab.network import TAUGHT
 
 log = logging.getLogger(__name__)
-LIMIT = 45 * 2**20
+LIMIT = 90 * 10**6
 
 
 @dataclass
@@ -40,13 +41,16 @@ def export(s: Export) -> Path:
     levels = settings(unet.Unet, [f"root={s.root}"]).channels
     for kind in adapter.CHANNELS:
         adapter.trained(s, kind, levels).half().save_pretrained(out / f"t2iadapter_{kind}")
+    for kind, more in (("instruct", {}), ("hive", {TAUGHT: instruct.suffix()}), ("inpaint", {})):
+        if last(s, f"unet_{kind}").exists():
+            grown.export(s, kind, out, **more)
     for name in ("judge", "dino"):
         if (made := Path(s.root) / name / "model").is_dir():
             shutil.copytree(made, out / name, dirs_exist_ok=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    log.info("%s: %.1f MB", out, size / 2**20)
+    log.info("%s: %.1f MB", out, size / 1e6)
     if size > LIMIT:
-        raise ValueError(f"{out}: {size / 2**20:.1f} MB, the limit is {LIMIT / 2**20:.0f}")
+        raise ValueError(f"{out}: {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f}")
     return out
 
 

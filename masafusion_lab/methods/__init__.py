@@ -1,13 +1,19 @@
 """Editing methods, a file each: frozen dataclasses whose fields are their settings and whose call does the work."""
 
+from masafusion_lab.methods.blended import Blended
+from masafusion_lab.methods.diffedit import DiffEdit, SdeDiffEdit
+from masafusion_lab.methods.edit_friendly import NoiseMaps
 from masafusion_lab.methods.embctrl import EmbCtrl
+from masafusion_lab.methods.glide import Glide
+from masafusion_lab.methods.instruct import Hive, InstructPix2Pix
 from masafusion_lab.methods.masactrl import MasaCtrl
 from masafusion_lab.methods.masafusion import MaSaFusion
 from masafusion_lab.methods.masafusion_no_adapter import MaSaFusionNoAdapter
 from masafusion_lab.methods.plain import Plain, Reconstruction
 from masafusion_lab.methods.plug_and_play import PlugAndPlay
 from masafusion_lab.methods.prompt_to_prompt import PromptToPrompt
-from masafusion_lab.methods.protocol import Method, Source
+from masafusion_lab.methods.protocol import Method, Needs, Source, needs
+from masafusion_lab.methods.sdedit import SDEdit
 from masafusion_lab.methods.t2i_only import T2IOnly
 
 METHODS: dict[str, type] = {
@@ -20,20 +26,15 @@ METHODS: dict[str, type] = {
     "t2i_only": T2IOnly,
     "plain": Plain,
     "reconstruction": Reconstruction,
+    "sdedit": SDEdit,
+    "diffedit": DiffEdit,
+    "sde_diffedit": SdeDiffEdit,
+    "blended": Blended,
+    "glide": Glide,
+    "instruct_pix2pix": InstructPix2Pix,
+    "hive": Hive,
+    "edit_friendly": NoiseMaps,
 }
 """Name, as in `method.name=...`, to class."""
 
-__all__ = [
-    "METHODS",
-    "EmbCtrl",
-    "MaSaFusion",
-    "MaSaFusionNoAdapter",
-    "MasaCtrl",
-    "Method",
-    "Plain",
-    "PlugAndPlay",
-    "PromptToPrompt",
-    "Reconstruction",
-    "Source",
-    "T2IOnly",
-]
+__all__ = ["METHODS", "MaSaFusion", "Method", "Needs", "Plain", "Reconstruction", "Source", "needs"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Site, Tap, layers
-from masafusion_lab.fusion import Branch, Faded, Given, Plan, Span, Take
+from masafusion_lab.fusion import Branch, Given, Plan, Span, Take, Weighted
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
@@ -65,7 +65,7 @@ class PlugAndPlay:
             return Plan(branches, {"target": "T"})
         share = tuple(self.negative_fade * (1 - i / max(1, steps - 1)) for i in range(steps))
         against = Branch("target", "target", null="negative", take=qk, feature=feature)
-        return Plan({**branches, "N": against}, {"target": Faded("T", "N", share)})
+        return Plan({**branches, "N": against}, {"target": Weighted({"T": share, "N": [1 - a for a in share]})})
 
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
         """The batch with the embeddings of the negative prompt."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from masafusion_lab import InputError
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Given
+from masafusion_lab.fusion import NO_REGION, Given
 from masafusion_lab.lockstep import State
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -21,11 +23,47 @@ class Source(Protocol):
     null: Tensor | None
 
 
-class Method(Protocol):
-    """Edits a batch: yields every state of the denoising; the last one's `x["target"]` is the edited x_0.
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs beside prompts and region, and what is done with its result.
 
-    A method may have `plan(sites, steps)`, and `prepare(model, given, schedule)`, which gives the batch with what the
-    method adds to it. Both raise InputError for what cannot be, and are asked about every case before any is computed.
+    `inversion`: whether it reads the record's states; `network`: the kind of UNet, see `network.NETWORKS`;
+    `instruction`: whether it follows one, and `suffix` what is appended to that, None for what the network was trained
+    with; `paste`: whether the picture's own pixels are put back outside the region.
+    """
+
+    inversion: bool = True
+    network: str = ""
+    instruction: bool = False
+    suffix: str | None = ""
+    paste: bool = False
+
+
+def needs(method: Any) -> Needs:
+    """What a method says in its `needs`; without one it reads an inversion, and the model's own UNet."""
+    return getattr(method, "needs", Needs())
+
+
+def picture(model: StableDiffusion, given: Given) -> Tensor:
+    """The latents x_0 (B, C, h, w) of the pictures to edit. Raises InputError where they are not given."""
+    if given.pixels is None:
+        raise InputError("this method reads the picture itself: Given(pixels=...)")
+    return model.encode(given.pixels)
+
+
+def inside(given: Given) -> Tensor:
+    """A (B, 1, h, w). Raises InputError where it is not given."""
+    if given.mask is None:
+        raise InputError(NO_REGION)
+    return given.mask
+
+
+class Method(Protocol):
+    """Edits a batch: yields the states of the denoising, T at most; the last one's `x["target"]` is the edited x_0.
+
+    A method may have `plan(sites, steps)`, its branches, `prepare(model, given, schedule)`, which gives the batch with
+    what the method adds to it, and `needs`. The first two raise InputError for what cannot be; every case is checked by
+    them before any is computed.
     """
 
     def __call__(

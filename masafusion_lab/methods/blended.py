@@ -1,0 +1,80 @@
+"""Blended Latent Diffusion: the picture, noised anew, is put back outside the region after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import State, fresh, lockstep
+from masafusion_lab.methods.protocol import Needs, Source, inside, picture
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Blended:
+    """Avrahami et al. 2023; the defaults are those of their code for Stable Diffusion."""
+
+    guidance: float = 7.5
+    """w of (3)."""
+    start: float = 0.25
+    """The first part of the schedule, which is left out."""
+    init: Literal["gauss", "source"] = "gauss"
+    """Where it begins: pure noise, or the picture noised by it."""
+    lag: bool = True
+    """Whether the picture outside is a state noisier than the result inside, as in the published code, or as noisy."""
+    shrink: int = 0
+    """Larger regions, of 1, 2, ... rings of cells more, that it begins in, the largest first: for thin regions."""
+    background: Literal["none", "paste"] = "none"
+    """What becomes of the decoded picture outside the region: it is left, or the source's pixels are put there."""
+
+    @property
+    def needs(self) -> Needs:
+        """No inversion."""
+        return Needs(inversion=False, paste=self.background == "paste")
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """One branch, and a region."""
+        return Plan({"T": Branch("target", "target")}, {"target": "T"}, masked=True)
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        if not (0 <= self.start < 1 and self.shrink >= 0):
+            raise InputError(f"method.start={self.start:g}, shrink={self.shrink}: must be in [0, 1) and at least 0")
+        T, start = len(schedule), int(len(schedule) * self.start)
+        x0, mask = picture(model, given), inside(given)
+        masks = [F.max_pool2d(mask, 2 * k + 1, 1, k) for k in range(self.shrink, 0, -1)] + [mask]
+        each = (T - start) // len(masks) + 1
+
+        def after(state: State) -> Mapping[str, Tensor]:
+            A, level = masks[(state.i - 1 - start) // each], state.i - self.lag
+            outside = x0 if level == T else schedule.diffuse(x0, fresh(given, f"outside {state.i}"), level)
+            return {"target": A * state.x["target"] + (1 - A) * outside}
+
+        yield from lockstep(
+            model,
+            self.plan(model.sites, T),
+            {"target": x if self.init == "gauss" else schedule.diffuse(x0, x, start)},
+            given,
+            schedule=schedule,
+            w=self.guidance,
+            start=start,
+            taps=taps,
+            after=after,
+        )

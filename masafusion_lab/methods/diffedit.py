@@ -1,0 +1,149 @@
+"""DiffEdit and SDE-DiffEdit: denoising in a region of their own, with the source's latents outside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from masafusion_lab import contrast
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan, Sde
+from masafusion_lab.lockstep import State, fresh, lockstep
+from masafusion_lab.methods.protocol import Needs, Source, inside, picture
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Differing:
+    """What both share: the region, and the guidance."""
+
+    guidance: float = 7.5
+    """w of (3), also of the predictions that find the region."""
+    mask: Literal["own", "given"] = "own"
+    """Where to edit: where the two prompts' predictions differ, or in the given region."""
+    maps: int = 10
+    """Noises under which the predictions are compared, for mask=own."""
+    map_strength: float = 0.5
+    """How far the picture is noised for that, as a part of the schedule."""
+    threshold: float = 3.0
+    """A cell is inside if its difference is above half of this, times the picture's mean."""
+
+    def region(self, model: StableDiffusion, given: Given, x0: Tensor, schedule: Schedule) -> tuple[Tensor, int]:
+        """A (B, 1, h, w), and the UNet rows an image that finding it cost."""
+        if self.mask == "given":
+            return inside(given), 0
+        how: Any = {"maps": self.maps, "strength": self.map_strength, "threshold": self.threshold, "w": self.guidance}
+        return contrast.region(model, given, x0, schedule=schedule, **how), contrast.ROWS * self.maps
+
+
+@dataclass(frozen=True)
+class DiffEdit(Differing):
+    """DiffEdit from the inverted picture (Couairon et al. 2023); the defaults are those of diffusers' pipeline.
+
+    That pipeline also inverts under guidance, as inversion.inverse_guidance=7.5 does.
+    """
+
+    strength: float = 0.8
+    """The last part of the schedule that is run, from the source's state there."""
+    negative: Literal["source", "empty"] = "source"
+    """The prompt to guide away from."""
+    lag: bool = True
+    """Whether the source outside is a state noisier than the result inside, as in the published code, or as noisy."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """One branch."""
+        branch = Branch("target", "target", null=self.negative)
+        return Plan({"T": branch}, {"target": "T"}, masked=self.mask == "given")
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        start = contrast.first_step(schedule, self.strength, "strength")
+        A, rows = self.region(model, given, picture(model, given), schedule)
+
+        def after(state: State) -> Mapping[str, Tensor]:
+            return {"target": A * state.x["target"] + (1 - A) * source.states[state.i - self.lag]}
+
+        for state in lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            {"target": source.states[start]},
+            given,
+            schedule=schedule,
+            w=self.guidance,
+            start=start,
+            taps=taps,
+            after=after,
+        ):
+            yield replace(state, rows=state.rows + rows)
+
+
+@dataclass(frozen=True)
+class SdeDiffEdit(Differing):
+    """DiffEdit along the very noise by which the source goes from state to state, cycle-SDE (Nie et al. 2024).
+
+    The source is noised step by step, with no network, and the picture is taken for state T - 1, as published.
+    """
+
+    needs: ClassVar[Needs] = Needs(inversion=False)
+    strength: float = 0.7
+    """The part of the schedule that the picture is noised by, and that is run."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """The source, which is replayed, and the target, whose steps add the source's noise."""
+        return Plan(
+            {"S": Branch("source", "source"), "T": Branch("target", "target")},
+            {"target": "T"},
+            sde={"target": Sde(1.0, like="S")},
+            masked=self.mask == "given",
+        )
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        x0 = picture(model, given)
+        A, rows = self.region(model, given, x0, schedule)
+        start = max(contrast.first_step(schedule, self.strength, "strength") - 1, 0)
+        cut = replace(schedule, timesteps=schedule.timesteps[:-1], abar=schedule.abar[:-1])
+        chain = [x0]
+        for i in range(len(cut) - 1, start - 1, -1):
+            chain.append(cut.renoise(chain[-1], fresh(given, f"chain {i}"), i))
+        states = torch.stack([*[chain[-1]] * start, *chain[::-1]])
+
+        def after(state: State) -> Mapping[str, Tensor]:
+            return {"target": A * state.x["target"] + (1 - A) * states[state.i]}
+
+        for state in lockstep(
+            model,
+            self.plan(model.sites, len(cut)),
+            {"target": states[start]},
+            given,
+            schedule=cut,
+            replay={"source": states},
+            w=self.guidance,
+            start=start,
+            taps=taps,
+            after=after,
+        ):
+            yield replace(state, rows=state.rows + rows)

@@ -1,0 +1,67 @@
+"""Editing along noise maps: the target's steps add what leads the source from state to state beside its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan, Sde, Span
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class NoiseMaps:
+    """Edit-friendly DDPM editing (Huberman-Spiegelglas et al. 2024), for inversion.name=edit_friendly.
+
+    With another inversion and eta=0 it is direct inversion whose offsets are added to the target too.
+    """
+
+    guidance: float = 7.5
+    """w of (3), for the target."""
+    source_guidance: float = 1.0
+    """w of the source's predictions, by which its noise maps are found."""
+    start: float = 0.24
+    """The first part of the schedule, which is left out: 12 of 50 steps as published."""
+    eta: float = 1.0
+    """How stochastic the steps are: 1, DDPM's; 0, DDIM's."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """The source, which is replayed, and the target; the last step adds nothing, as published."""
+        return Plan(
+            {"S": Branch("source", "source", w=self.source_guidance), "T": Branch("target", "target")},
+            {"target": "T"},
+            sde={"target": Sde(self.eta, like="S", steps=Span(0, steps - 1))},
+        )
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        if not 0 <= self.start < 1:
+            raise InputError(f"method.start={self.start:g}: must be in [0, 1)")
+        start = int(len(schedule) * self.start)
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            {"target": source.states[start]},
+            given,
+            schedule=schedule,
+            replay={"source": source.states},
+            w=self.guidance,
+            start=start,
+            taps=taps,
+        )

@@ -1,0 +1,76 @@
+"""InstructPix2Pix and HIVE: a UNet that sees the picture beside the latent follows an instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan, Sde, Span, Weighted
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Needs, Source, picture
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class InstructPix2Pix:
+    """InstructPix2Pix (Brooks et al. 2023), with its published settings; they are for steps=100."""
+
+    needs: ClassVar[Needs] = Needs(inversion=False, network="instruct", instruction=True)
+    guidance: float = 7.5
+    """s_T, guidance by the instruction."""
+    image_guidance: float = 1.5
+    """s_I, guidance by the picture."""
+    eta: float = 1.0
+    """How stochastic the steps are: 1, the published Euler ancestral ones; 0, DDIM's."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """Three branches of a row each: under both, under the picture alone, under neither."""
+        s_T, s_I = self.guidance, self.image_guidance
+        return Plan(
+            {
+                "both": Branch("target", "instruction", extra="picture"),
+                "image": Branch("target", "empty", extra="picture"),
+                "none": Branch("target", "empty", extra="nothing"),
+            },
+            {"target": Weighted({"none": 1 - s_I, "image": s_I - s_T, "both": s_T})},
+            sde={"target": Sde(self.eta, steps=Span(0, steps - 1))} if self.eta else {},
+        )
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        latents = picture(model, given) / model.vae.config.scaling_factor  # as it was trained: not scaled
+        given = replace(given, extra={"picture": latents, "nothing": torch.zeros_like(latents)})
+        plan = self.plan(model.sites, len(schedule))
+        yield from lockstep(model, plan, {"target": x}, given, schedule=schedule, w=1, taps=taps)
+
+
+@dataclass(frozen=True)
+class Hive(InstructPix2Pix):
+    """HIVE (Zhang et al. 2023) with a conditional reward: the instruction asks for the best.
+
+    Its networks with a weighted reward run as method.name=instruct_pix2pix, with model.unet=FOLDER.
+    """
+
+    suffix: str = ""
+    """What is appended to the instruction; empty: what its network was taught, or ", image quality is five out of five"
+    as published."""
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        """A network of its own."""
+        return Needs(inversion=False, network="hive", instruction=True, suffix=self.suffix or None)

@@ -1,0 +1,55 @@
+"""SDEdit: the picture, noised part of the way, is denoised under the target prompt (Meng et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.contrast import first_step
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Needs, Source, picture
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class SDEdit:
+    """The settings are those of diffusers' image-to-image pipeline."""
+
+    needs: ClassVar[Needs] = Needs(inversion=False)
+    guidance: float = 7.5
+    """w of (3)."""
+    strength: float = 0.8
+    """The last part of the schedule that is run: 1 forgets the picture, near 0 leaves it as it is."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """One branch."""
+        return Plan({"T": Branch("target", "target")}, {"target": "T"})
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        start = first_step(schedule, self.strength, "strength")
+        yield from lockstep(
+            model,
+            self.plan(model.sites, len(schedule)),
+            {"target": schedule.diffuse(picture(model, given), x, start)},
+            given,
+            schedule=schedule,
+            w=self.guidance,
+            start=start,
+            taps=taps,
+        )
