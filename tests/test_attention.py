@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from masafusion_lab.attention import Site, Step, install
-from masafusion_lab.fusion import Branch, Span, Take
+from masafusion_lab import InputError
+from masafusion_lab.attention import Site, Step, install, layers
+from masafusion_lab.fusion import Branch, Follow, Given, Span, Take, Words
 
 
 @pytest.fixture
@@ -133,3 +134,92 @@ def test_the_processor_reads_rows_by_name_not_by_place():
     branches = {"a": Branch("x", "s"), "b": Branch("x", "s", take=Take(q="a"))}
     rows = (("b", "text"), ("a", "null"), ("a", "text"), ("b", "null"))
     assert Step(0, rows, branches).route(site).triples == ((2, 0, 0), (1, 1, 1), (2, 2, 2), (1, 3, 3))
+
+
+@pytest.fixture
+def four(tiny):
+    """Two pictures of each of two branches."""
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return x, tiny.embed(["a cat", "a", "snow", ""])
+
+
+def follow(taps, **rules):
+    """A step in which b follows a's words or shares its keys, for two pictures."""
+    branches = {"a": Branch("x", "source"), "b": Branch("x", "target", **rules)}
+    theirs = torch.zeros(1, 2, 24, 24)
+    theirs[0, 0], theirs[0, 1, 3:, 3:] = torch.eye(24), torch.eye(21)
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4], mask[1, :, 2:7, 1:3] = 1, 1
+    given = Given({}, mask, words=Follow(theirs, 1 - theirs.sum(2)))
+    return Step(0, (("a", "text"), ("b", "text")), branches, taps, given)
+
+
+RULES = [
+    {"words": Words("a")},
+    {"take": Take(None, "a", "a", keys="union")},
+    {"take": Take("a", "a", "a", keys="masked")},
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_that_joins_others_is_watched_as_it_attends_and_changes_no_neighbour(tiny, four, rule):
+    x, text = four
+    watch = Watch()
+    out = eps(tiny.unet, x, text, follow([watch], **rule))
+    assert torch.equal(out, eps(tiny.unet, x, text, follow([], **rule)))
+    plain = eps(tiny.unet, x, text)
+    torch.testing.assert_close(out[:2], plain[:2], rtol=1e-4, atol=1e-5)
+    assert (out[2:] - plain[2:]).abs().amax((1, 2, 3)).min() > 1e-3
+    if "take" in rule:  # followed words need not sum to one
+        for _, _, p in watch.seen:
+            torch.testing.assert_close(p["b", "text"].sum(-1), torch.ones(p["b", "text"].shape[:-1]))
+
+
+def test_words_are_followed_token_by_token(tiny, four):
+    """The first picture's map is a's, the second's own for its first three words and a's for the others."""
+    site = next(site for site in tiny.sites if site.cross)
+    attn, watch = tiny.unet.get_submodule(site.name), Watch()
+    watch.wants = lambda *_: True
+    hidden = torch.randn(4, 64, attn.query_dim, generator=torch.Generator().manual_seed(0))
+    attn.processor(attn, hidden, four[1], step=follow([watch], words=Words("a")))
+    attn.processor(attn, hidden, four[1], step=follow([watch]))
+    followed, own = (p for _, _, p in watch.seen)
+    b, base, alone = followed["b", "text"], own["a", "text"], own["b", "text"]
+    torch.testing.assert_close(b[0], base[0])
+    torch.testing.assert_close(b[1], torch.cat([alone[1, ..., :3], base[1, ..., 3:]], -1))
+
+
+def test_where_a_region_is_empty_in_a_layer_attention_is_that_of_the_rest(tiny, four):
+    x, text = four
+    step, plain = (follow([], take=Take(None, "a", "a", keys=keys)) for keys in ("masked", "plain"))
+    for whole in (0.0, 1.0):
+        step.given.mask.fill_(whole)
+        torch.testing.assert_close(eps(tiny.unet, x, text, step), eps(tiny.unet, x, text, plain), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_named_as_deep_as_in_another_model(tiny):
+    """10 of 16, where MasaCtrl begins, is the first layer of the decoder's second block in both."""
+    of_sd = [Site(f"up_blocks.{d}", d, False) for d in range(16)]
+    assert [d for d in range(16) if d in layers("10/16:", of_sd)] == [*range(10, 16)]
+    own = [site for site in tiny.sites if not site.cross and site.depth in layers("10/16:", tiny.sites)]
+    assert {site.name[:11] for site in own} == {"up_blocks.1", "up_blocks.2"}
+    assert [site.scale for site in own] == [2, 2, 1, 1]
+    assert layers("8/16", of_sd) == {8}
+    for wrong in ("10/0:", "1/2/3", "/16"):
+        with pytest.raises(InputError, match="names no layers"):
+            layers(wrong, of_sd)
+
+
+def test_the_scale_of_a_site_is_that_of_its_maps(tiny, batch):
+    seen = {}
+
+    class Sizes(Watch):
+        def wants(self, site, i):
+            return True
+
+        def see(self, site, i, p):
+            seen[site] = p["a", "text"].shape[2]
+
+    eps(tiny.unet, *batch, step_of(0, [Sizes()], a=Take(), b=Take(), c=Take()))
+    assert set(seen) == set(tiny.sites)
+    assert all(pixels == (16 // site.scale) ** 2 for site, pixels in seen.items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
+from masafusion_lab.fusion import Branch, Faded, Hint, Masked, Plan, Span, Take, Words
 from masafusion_lab.lockstep import mix
 
 S, T = Branch("source", "source"), Branch("target", "target", take=Take(None, "S", "S", Span(2, 4)))
@@ -22,6 +22,46 @@ def test_a_step_needs_only_what_it_uses_and_what_that_reads():
     assert [list(plan.at(i)) for i in range(5)] == [["T"], ["T"], ["S", "T"], ["S", "T", "keep"], ["T", "keep"]]
 
 
+def test_of_a_branch_that_is_only_read_there_are_only_the_halves_that_are_read():
+    follow = Branch("target", "target", words=Words("S", Span(1)), take=Take("S", steps=Span(3), from_text=True))
+    plan = Plan({"S": S, "T": follow}, {"target": "T"})
+    own = (("T", "null"), ("T", "text"))
+    assert [plan.rows(i) for i in (0, 1, 3)] == [own, *2 * [(own[0], ("S", "text"), own[1])]]
+    assert plan.rows(1, ("text",)) == (("S", "text"), ("T", "text"))
+
+
+def test_without_a_region_what_is_optional_about_it_is_left_out():
+    plan = Plan({"S": S, "T": T, "keep": KEEP}, {"target": Masked("T", "keep", optional=True)})
+    assert plan.everywhere().noise == {"target": "T"}
+    fixed = Plan(plan.branches, {"target": Masked("T", "keep")})
+    assert fixed.everywhere() == fixed
+    usual = {"steps": 5, "layers": 5, "latents": {"source", "target"}, "prompts": {"source", "target", "empty"}}
+    plan.check(**usual, masked=False, hinted=False)
+    with pytest.raises(InputError, match="acts inside a region"):
+        fixed.check(**usual, masked=False, hinted=False)
+
+
+def test_a_window_is_a_part_of_the_steps():
+    assert Span.part((0.08, 1), 50) == Span(4, 50)
+    assert Span.part(0.8, 51) == Span.part((0.8,), 51) == Span(0, 40)
+    assert Span.part((0.5, 0.5), 50) is None
+    assert Span.part(1, 4) == Span(0, 4)
+    for wrong in ((0.5, 0.2), (-0.1, 1), (0, 1.5), float("nan")):
+        with pytest.raises(InputError, match="fractions of the steps"):
+            Span.part(wrong, 50)
+
+
+def test_the_adapter_is_on_in_a_first_part_of_the_steps():
+    assert Hint.first(0.5, 4, scale=2.0) == Hint(Span(0, 2), scale=2.0)
+    assert Hint.first(1, 4, on_null=False).halves == ("text",)
+    assert Hint.first(0, 4) is None
+
+
+def test_a_share_of_one_eps_fades_into_another():
+    eps = {"a": torch.tensor(4.0), "b": torch.tensor(8.0)}
+    assert [float(mix(eps, Faded("a", "b", (1.0, 0.5, 0.0)), None, i)) for i in range(3)] == [4, 6, 8]
+
+
 @pytest.mark.parametrize(
     ("branches", "noise", "words"),
     [
@@ -31,6 +71,10 @@ def test_a_step_needs_only_what_it_uses_and_what_that_reads():
         ({"S": S, "T": T}, {"target": "S"}, "denoised by 'S'"),
         ({"S": S, "T": Branch("target", "target", take=Take("S", steps=Span(50)))}, {"target": "T"}, "none of the 10"),
         ({"S": S, "T": Branch("target", "target", take=Take("S", layers={7}))}, {"target": "T"}, "none of the 5"),
+        ({"T": Branch("target", "target", words=Words("S"))}, {"target": "T"}, "reads S, no branch"),
+        ({"S": S, "T": Branch("target", "target", words=Words("S", Span(9, 9)))}, {"target": "T"}, "none of the 10"),
+        ({"S": S, "T": Branch("target", "target", feature=Take(v="S", layers={5}))}, {"target": "T"}, "5 residual"),
+        ({"T": Branch("target", "target")}, {"target": Faded("T", "S", (1.0,))}, "denoised by 'S'"),
     ],
 )
 def test_a_plan_that_cannot_work_says_why(branches, noise, words):

@@ -1,13 +1,21 @@
 """The picture-book model's training: a part that was cut short ends as one that was not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 pytest.importorskip("experiments.picturebook.training")
 
-from experiments.picturebook import autoencoder, tokenizer, unet
+from experiments.picturebook import autoencoder, data, grown, inpaint, instruct, tokenizer, training, unet
 from experiments.picturebook.training import fit, settings
+from masafusion_lab import network
+from masafusion_lab.hub import Files
 from masafusion_lab.picturebook.captions import VOCABULARY
+from masafusion_lab.words import unknown
 
 
 def train(root):
@@ -64,3 +72,62 @@ def test_a_grown_unet_holds_the_coarse_one_at_the_same_scale():
             assert torch.equal(a, b), name
     assert torch.equal(fine.conv_in.weight, before)
     assert fine(torch.randn(1, 4, 16, 16), 3, torch.randn(1, 4, 8)).sample.isfinite().all()
+
+
+SMALL = ["channels=[16,32]", "heads=[1,2]", "pictures=8", "batch=2", "steps=2", "epoch=2", "threads=1", "warmup=1"]
+
+
+def test_an_input_that_was_grown_is_not_heeded_yet():
+    torch.manual_seed(0)
+    net = unet.build(settings(unet.Unet, SMALL[:2]), 8)
+    more = grown.grow(net, 5)
+    x, beside, text = torch.randn(1, 4, 16, 16), torch.randn(1, 5, 16, 16), torch.randn(1, 4, 8)
+    torch.testing.assert_close(more(torch.cat([x, beside], 1), 3, text).sample, net(x, 3, text).sample)
+
+
+def test_regions_to_fill_are_things_boxes_or_all():
+    g = np.random.default_rng(0)
+    things = np.zeros((64, 32, 32), np.uint8)
+    things[:, 10:14, 10:14] = 255
+    whole = inpaint.regions(g, things, 0.5, 1.0)
+    assert whole.shape == (64, 1, 32, 32)
+    assert whole.min() == 1
+    around = inpaint.regions(g, things, 1.0, 0.0)
+    assert around[:, :, 10:14, 10:14].min() == 1
+    assert around.max((0, 1))[0].max() == 0
+    drawn = inpaint.regions(g, things, 0.0, 0.0)
+    assert 0.05 < drawn.mean() < 0.6
+    assert set(np.unique(drawn)) == {0, 1}
+
+
+def test_grades_are_words_that_the_model_knows(tmp_path):
+    assert not unknown(tokenizer.save(tmp_path), f"make the horse red{instruct.suffix()}")
+
+
+@pytest.mark.slow
+def test_grown_networks_learn_and_ship_as_what_they_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        data, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1)
+    )  # few pictures, no new processes
+    words = [f"root={tmp_path}", *SMALL]
+    torch.manual_seed(0)
+    net = unet.build(settings(unet.Unet, words), 128)
+    training.last(settings(unet.Unet, words), "unet").parent.mkdir()
+    state = {f"unet.{name}": w for name, w in net.state_dict().items()}
+    torch.save({"state_dict": state}, training.last(settings(unet.Unet, words), "unet"))
+    net.half().save_pretrained(tmp_path / "model" / "unet")
+    instruct.main(words)
+    instruct.main([*words, "grades=true"])
+    inpaint.main(words)
+    for kind, channels in (("instruct", 8), ("hive", 8), ("inpaint", 9)):
+        folder = grown.export(settings(unet.Unet, words), kind, tmp_path / "model", _suffix="!")
+        merged = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        files = [Files(f, (f / "diffusion_pytorch_model.safetensors",)) for f in (tmp_path / "model/unet", folder)]
+        network.read_changes(merged, *files)
+        trained = training.weights(settings(unet.Unet, words), f"unet_{kind}", "unet")
+        for name, w in merged.state_dict().items():
+            torch.testing.assert_close(w, trained[name], rtol=1e-2, atol=1e-3, msg=name)
+        assert merged.config.in_channels == channels
+        assert trained["conv_in.weight"][:, 4:].abs().max() > 0
+        shipped = load_file(files[1].names[0])
+        assert not any("resnets" in name and "conv" in name for name in shipped)  # half of all weights

@@ -37,7 +37,8 @@ def grow(net: UNet2DConditionModel, extra: int) -> UNet2DConditionModel:
     """The network with `extra` input channels more, which it does not heed yet."""
     state = net.state_dict()
     state["conv_in.weight"] = F.pad(state["conv_in.weight"], (0, 0, 0, 0, 0, extra))
-    out = UNet2DConditionModel.from_config({**net.config, "in_channels": net.config.in_channels + extra})
+    config = {key: value for key, value in net.config.items() if not key.startswith("_")}
+    out = UNet2DConditionModel(**{**config, "in_channels": net.config.in_channels + extra})
     out.load_state_dict(state)
     return out
 
@@ -92,7 +93,8 @@ def export(s: unet.Unet, kind: str, out: Path, **more: Any) -> Path:
     base, own = load_file(file), weights(s, f"unet_{kind}", "unet")
     own = {name: w.half().contiguous() for name, w in own.items()}
     changed = {name: w for name, w in own.items() if TRAINED.search(name)}
-    if strange := [name for name, w in own.items() if name not in changed and not torch.equal(w, base[name])]:
+    kept = {name: w for name, w in own.items() if name not in changed}  # to the rounding of their running average
+    if strange := [name for name, w in kept.items() if not torch.allclose(w, base[name], rtol=0.01, atol=1e-3)]:
         raise ValueError(f"unet_{kind} was grown from another UNet than {file}: {len(strange)} differ, as {strange[0]}")
     folder = out / f"unet_{kind}"
     folder.mkdir(parents=True, exist_ok=True)

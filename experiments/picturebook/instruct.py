@@ -50,7 +50,6 @@ class Edits(Album):
         """Every instruction, in its one wording."""
         path = self.folder / f"{self.split}-{self.count}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps([[edit(self.split, k).instruction] for k in range(self.count)]))
             part.replace(path)
@@ -64,10 +63,11 @@ class Edits(Album):
 
 def albums(s: Instruct, kind: str = "picture", size: int | None = None) -> list[Album]:
     """The albums before and after the edits."""
-    size, root = size or s.size, Path(s.root) / "data"
-    return [
-        Edits(root / f"edits-{when}", "train", s.pictures, size, kind, when == "after") for when in ("before", "after")
-    ]
+    folders = {when: Path(s.root) / "data" / f"edits-{when}" for when in ("before", "after")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    made = (Edits(f, "train", s.pictures, size or s.size, kind, when == "after") for when, f in folders.items())
+    return list(made)
 
 
 class Training(grown.Training):
