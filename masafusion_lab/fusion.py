@@ -23,6 +23,9 @@ class Span:
     def __contains__(self, i: object) -> bool:
         return isinstance(i, int) and self.start <= i and (self.stop is None or i < self.stop)
 
+    def __str__(self) -> str:
+        return f"{self.start}:{'' if self.stop is None else self.stop}"
+
 
 @dataclass(frozen=True)
 class Take:

@@ -103,7 +103,7 @@ def predict(
     features = None
     if any(hinted) and given.hint is not None:
         features = [torch.cat([f if on else torch.zeros_like(f) for on in hinted]) for f in given.hint]
-    step = Step(i, rows, branches, taps)
+    step = Step(i, rows, branches, taps, (latents.shape[-2], latents.shape[-1]))
     eps = model.eps(latents, i, schedule, text, hint=features, step=step).unflatten(0, (len(rows), -1))
     by_row = dict(zip(rows, eps, strict=True))
     if w == 1:

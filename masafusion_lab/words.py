@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -34,6 +35,21 @@ def unknown(tokenizer: Any, text: str) -> dict[str, list[str]]:
     )
     texts = dict.fromkeys(text[slice(*tokens.word_to_chars(word))] for word in strange)
     return {word: difflib.get_close_matches(word.lower(), known, 3, 0.5) for word in texts}
+
+
+def split(tokenizer: Any, text: str, room: int) -> list[tuple[str, list[int]]]:
+    """The words that are read of a prompt, each with the places of its tokens; place 0 is the start of the text."""
+    tokens = _tokens(tokenizer, text)
+    places: dict[int, list[int]] = {}
+    for place, word in enumerate(tokens.word_ids()[:room], 1):
+        places.setdefault(word, []).append(place)
+    return [(text[slice(*tokens.word_to_chars(word))], its) for word, its in places.items()]
+
+
+def changed(before: Sequence[str], after: Sequence[str]) -> list[int]:
+    """Which words of `after` are not those of `before`, in its order."""
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return [k for tag, _, _, start, stop in blocks if tag != "equal" for k in range(start, stop)]
 
 
 def _tokens(tokenizer: Any, text: str) -> Any:

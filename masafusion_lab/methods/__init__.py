@@ -3,8 +3,14 @@
 from masafusion_lab.methods.masafusion import MaSaFusion
 from masafusion_lab.methods.plain import Plain, Reconstruction
 from masafusion_lab.methods.protocol import Method, Source
+from masafusion_lab.methods.replay import Replay
 
-METHODS: dict[str, type] = {"masafusion": MaSaFusion, "plain": Plain, "reconstruction": Reconstruction}
+METHODS: dict[str, type] = {
+    "masafusion": MaSaFusion,
+    "plain": Plain,
+    "reconstruction": Reconstruction,
+    "replay": Replay,
+}
 """Name, as in `method.name=...`, to class."""
 
-__all__ = ["METHODS", "MaSaFusion", "Method", "Plain", "Reconstruction", "Source"]
+__all__ = ["METHODS", "MaSaFusion", "Method", "Plain", "Reconstruction", "Replay", "Source"]
