@@ -16,18 +16,28 @@ from torch import Tensor, nn
 from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Given, Span, Words
 
+CHUNK = 2**21
+"""Attention weights that are shown to taps at a time."""
+Row: TypeAlias = tuple[str, str]
+"""A branch, and a half of guidance."""
+
 
 @dataclass(frozen=True)
 class Site:
     """One attention layer. `depth` counts self- or cross-attention layers in running order: down, mid, up.
 
-    `scale`: latent cells along a side of one of its pixels: 1, 2, 4 ...
+    `level`: how often the latent's sides are halved there.
     """
 
     name: str
     depth: int
     cross: bool
-    scale: int = 1
+    heads: int = 1
+    level: int = 0
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        """Height and width of this layer's pixels for a latent of h x w."""
+        return -(-h // 2**self.level), -(-w // 2**self.level)
 
 
 def layers(text: str, sites: Sequence[Site]) -> Container[int]:
@@ -56,15 +66,33 @@ def layers(text: str, sites: Sequence[Site]) -> Container[int]:
         ) from None
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a tap sees at once: the weights of a layer's queries from number `first` on.
+
+    `grid`: the layer's height and width, pixels being numbered row by row; `p`: (B, heads, queries, keys), float32, by
+    (branch, half of guidance); rows that attend alike share one tensor.
+    """
+
+    site: Site
+    step: Step
+    grid: tuple[int, int]
+    first: int
+    p: Mapping[Row, Tensor]
+
+
 class Tap(Protocol):
     """An observer of attention weights; it never changes them."""
 
-    def wants(self, site: Site, i: int) -> bool:
-        """Whether `see` shall be called for this layer and step."""
+    own: bool
+    """Whether it sees what a branch attends to by itself, instead of what its Take makes of that."""
+
+    def wants(self, site: Site, i: int, row: Row) -> bool:
+        """Whether `see` shall be shown this row of this layer and step."""
         ...
 
-    def see(self, site: Site, i: int, p: Mapping[tuple[str, str], Tensor]) -> None:
-        """The attention weights (B, heads, pixels, keys) by (branch, half of guidance)."""
+    def see(self, sight: Sight) -> None:
+        """All rows that it wants, some queries of them: called until all queries have been shown."""
         ...
 
 
@@ -95,18 +123,19 @@ ALONE = Route(((0, 0, 0),), 1, (), (0,))
 class Step:
     """What every attention layer is told: the step, which (branch, half) each row is, their rules, and who watches.
 
-    `given`: the region and the words that rules refer to.
+    `grid`: the latents' height and width, which taps ask for; `given`: the region and the words that rules refer to.
     """
 
     i: int
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
     branches: Mapping[str, Branch]
     taps: Sequence[Tap] = ()
+    grid: tuple[int, int] = (1, 1)
     given: Given | None = None
     _routes: dict[Any, Route] = field(default_factory=dict)
 
     @cached_property
-    def index(self) -> dict[tuple[str, str], int]:
+    def index(self) -> dict[Row, int]:
         """The row of each (branch, half)."""
         return {row: r for r, row in enumerate(self.rows)}
 
@@ -121,7 +150,17 @@ class Step:
             self._routes[recipes] = Route(triples, plain, joined, tuple(map(unique.index, recipes)))
         return self._routes[recipes]
 
-    def _recipe(self, row: tuple[str, str], site: Site) -> Recipe:
+    def watched(self, site: Site) -> list[tuple[Tap, dict[Row, Recipe]]]:
+        """The taps that want something of a layer, with the rows they want and how their weights come about."""
+        found = []
+        for tap in self.taps:
+            rows = [row for row in self.rows if tap.wants(site, self.i, row)]
+            if rows:
+                own = {row: ("plain", ((self.index[row],) * 3,)) for row in rows}
+                found.append((tap, own if tap.own else {row: self._recipe(row, site) for row in rows}))
+        return found
+
+    def _recipe(self, row: Row, site: Site) -> Recipe:
         (name, half), own = row, self.index[row]
         itself = (own, own, own)
         rule = self.branches[name].words if site.cross else self.branches[name].take
@@ -138,8 +177,8 @@ class Step:
         """A in the pixels of a layer, (B, 1, 1, N), nearest."""
         assert self.given is not None
         assert self.given.mask is not None
-        size = [-(-side // site.scale) for side in self.given.mask.shape[-2:]]
-        return F.interpolate(self.given.mask, size).flatten(1)[:, None, None]
+        h, w = self.given.mask.shape[-2:]
+        return F.interpolate(self.given.mask, site.grid(h, w)).flatten(1)[:, None, None]
 
 
 @dataclass(frozen=True)
@@ -160,16 +199,18 @@ class Term:
         return out if self.weight is None else self.weight * out
 
     def p(self, pixels: slice = slice(None)) -> Tensor:
-        """What it adds to the attention weights (.., heads, N, keys) of those pixels."""
-        p = self.q[..., pixels, :] @ self.k.mT * self.q.shape[-1] ** -0.5
+        """What it adds to the attention weights (.., heads, N, keys) of those pixels, float32."""
+        p = (self.q[..., pixels, :] * self.q.shape[-1] ** -0.5 @ self.k.mT).float()
         p = (p if self.bias is None else p + self.bias).softmax(-1)
-        p = p if self.map is None else p @ self.map
+        p = p if self.map is None else p @ self.map.float()
         return p if self.weight is None else self.weight[..., pixels, :] * p
 
 
 def terms(how: str, parts: Sequence[tuple[Tensor, Tensor, Tensor]], step: Step, site: Site) -> list[Term]:
     """The summands of an output that is made in this way of q, k, v (B, heads, N, c); see `Recipe`."""
     q, k, v = parts[0]
+    if how == "plain":
+        return [Term(q, k, v)]
     if how == "union":
         _, own_k, own_v = parts[1]
         return [Term(q, torch.cat([k, own_k], -2), torch.cat([v, own_v], -2))]
@@ -217,12 +258,53 @@ class RoutedAttention:
         outs = [reduce(add, (term.out() for term in each)) for each in sums]
         out = torch.cat(outs) if len(outs) > 1 else outs[0]
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
-        watching = [tap for tap in step.taps if tap.wants(self.site, step.i)] if step else []
-        if step and watching:
-            p = [p for each in sums for p in reduce(add, (term.p() for term in each)).unflatten(0, (-1, size))]
-            for tap in watching:
-                tap.see(self.site, step.i, {row: p[o] for row, o in zip(step.rows, route.out, strict=True)})
+        if step is None:
+            return out
+        if watched := step.watched(self.site):
+            self._show(watched, attn, x, text, q, k, step, route)
         return gather(out, route.out, len(out) // size)
+
+    def _show(
+        self,
+        watched: Sequence[tuple[Tap, Mapping[Row, Recipe]]],
+        attn: Any,
+        x: Tensor,
+        text: Tensor,
+        q: Tensor,
+        k: Tensor,
+        step: Step,
+        route: Route,
+    ) -> None:
+        """Show taps the weights of the rows that they want, CHUNK at a time, those that come about alike once."""
+        there = {triple[:2]: u for u, triple in enumerate(route.triples)}
+        q, k = (y.unflatten(0, (len(route.triples), -1)) for y in (q, k))
+
+        def part(pair: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+            """q and k of two rows, k in the place of v too, which weights do not ask for."""
+            if pair in there:
+                return q[there[pair]], k[there[pair]], k[there[pair]]
+            both = zip((attn.to_q, attn.to_k), (x, text), pair, strict=True)  # what a reader would attend to by itself
+            own = (_project(layer, y, [row], len(step.rows)) for layer, y, row in both)
+            a, b = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in own)
+            return a, b, b
+
+        pairs = [
+            (tap, {row: (how, tuple(triple[:2] for triple in its)) for row, (how, its) in rows.items()})
+            for tap, rows in watched
+        ]
+        sums = {
+            (how, its): terms(how, [part(pair) for pair in its], step, self.site)
+            for how, its in dict.fromkeys(recipe for _, rows in pairs for recipe in rows.values())
+        }
+        grid, queries = self.site.grid(*step.grid), x.shape[1]
+        if grid[0] * grid[1] != queries:
+            raise ValueError(f"{self.site.name}: {queries} pixels are not the {grid[0]}x{grid[1]} of its level")
+        size = max(1, CHUNK // (len(sums) * k[0, :, :, :, 0].numel()))
+        for first in range(0, queries, size):
+            chunk = slice(first, first + size)
+            p = {recipe: reduce(add, (term.p(chunk) for term in each)) for recipe, each in sums.items()}
+            for tap, rows in pairs:
+                tap.see(Sight(self.site, step, grid, first, {row: p[recipe] for row, recipe in rows.items()}))
 
 
 def _project(layer: nn.Module, x: Tensor, rows: Sequence[int], n: int) -> Tensor:
@@ -245,10 +327,11 @@ def install(unet: Any) -> tuple[Site, ...]:
     """
     found = [(name, module) for name, module in unet.named_modules() if re.search(r"\.attn[12]$", name)]
     found.sort(key=lambda layer: _running_order(layer[0]))
-    sites: list[Site] = []
+    deepest, sites = len(unet.get_submodule("down_blocks")) - 1, list[Site]()  # type: ignore[arg-type]
     for name, module in found:
-        cross = name.endswith("attn2")
-        sites.append(Site(name, sum(s.cross == cross for s in sites), cross, _scale(name, len(unet.down_blocks))))
+        cross, (place, block, *_) = name.endswith("attn2"), _running_order(name)
+        level = (block, deepest, deepest - block)[place]
+        sites.append(Site(name, sum(s.cross == cross for s in sites), cross, int(module.heads), level))
         if not isinstance(module.processor, RoutedAttention):
             module.set_processor(RoutedAttention(sites[-1]))
     return tuple(sites)
@@ -258,9 +341,3 @@ def _running_order(name: str) -> tuple[int, ...]:
     """Down, mid, up (a UNet lists its middle block last); within a block, by the numbers in the name."""
     place = ["down_blocks", "mid_block", "up_blocks"].index(name.split(".")[0])
     return place, *map(int, re.findall(r"\d+", name))
-
-
-def _scale(name: str, levels: int) -> int:
-    """Latent cells along a side of a pixel of the layer of that name, in a UNet of so many levels."""
-    place, number = _running_order(name)[:2]
-    return 2 ** (number, levels - 1, levels - 1 - number)[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from masafusion_lab.attention import Tap
 from masafusion_lab.data.case import Case
 from masafusion_lab.editor import Edited, Item
-from masafusion_lab.report import picture, report, strip
+from masafusion_lab.maps import Attention
+from masafusion_lab.report import NAMES, picture, report, strip
 from masafusion_lab.runs import begin_case, finish_case, write_picture
-from masafusion_lab.tracking import log_pictures
+from masafusion_lab.tracking import log_curves, log_pictures, log_table
+from masafusion_lab.watch import Watch, Watching
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,94 @@ class Mirror(L.Callback):
                 logger.log_metrics(facts | {"edit/rows": edited.rows}, step=self.cases)
                 log_pictures(logger, "edit/pictures", panels, step=self.cases, of=item.id)
             self.cases += 1
+
+
+class Attend(L.Callback):
+    """Watches the attention of every `every`-th case while it is edited: figures in its folder and for the loggers.
+
+    `keep` may do more with what was seen of a case, given its folder, the pictures by latent, and all that was seen.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        every: int = 1,
+        keep: Callable[[Path, Mapping[str, Image.Image], Attention], None] | None = None,
+    ) -> None:
+        self.watch, self.every, self.keep = watch, every, keep
+        self.cases, self.seen = 0, dict[str, tuple[Watching, int]]()
+
+    def on_predict_start(self, trainer: Any, module: Any) -> None:
+        """Have the editor watched."""
+
+        def begin(batch: Sequence[Item]) -> Sequence[Tap]:
+            if not any(item.id in self.chosen for item in batch):
+                return ()
+            watching = self.watch.begin(module, batch)
+            self.seen |= {item.id: (watching, b) for b, item in enumerate(batch)}
+            return watching.taps
+
+        module.watch = begin
+
+    def on_predict_batch_start(
+        self, trainer: Any, module: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Choose cases."""
+        self.chosen = {item.id for k, item in enumerate(batch) if (self.cases + k) % self.every == 0}
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Draw, keep and log what was seen."""
+        from masafusion_lab.figures import figures
+
+        (results,) = (callback for callback in trainer.callbacks if isinstance(callback, Results))
+        for k, (item, edited) in enumerate(zip(batch, outputs, strict=True)):
+            if item.id not in self.chosen:
+                continue
+            watching, b = self.seen[item.id]
+            attention, folder = watching.of(b), results.jobs[item.id].folder
+            panels = shown(item, edited)
+            pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
+            drawn = figures(attention, pictures)
+            for name, figure in drawn.items():
+                write_picture(folder / f"attention_{name}.png", figure)
+            if self.keep is not None:
+                self.keep(folder, pictures, attention)
+            for logger in trainer.loggers:
+                log_pictures(logger, "attention/figures", drawn, step=self.cases + k, of=item.id)
+                log_table(logger, "attention/words", word_table(attention, pictures), step=self.cases + k)
+                if "mask" in attention.tensors:
+                    log_curves(logger, "attention/interference", *interference_curves(attention), step=self.cases + k)
+        self.cases, self.seen = self.cases + len(batch), {}
+
+
+def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
+    """A row a word and branch: its map over the branch's picture, its highest share, and how much lies outside A."""
+    mask, rows = attention.tensors.get("mask"), []
+    for name, branch in attention.facts["branches"].items():
+        if branch["x"] not in pictures:
+            continue
+        for word, heat in attention.words(name).all().items():
+            outside = None if mask is None else float((heat.values * (1 - mask)).sum() / heat.values.sum())
+            rows.append(
+                {
+                    "case": attention.facts["case"],
+                    "branch": name,
+                    "word": word,
+                    "map": heat.overlay(pictures[branch["x"]]),
+                    "highest share": float(heat.values.max()) / attention.facts["steps"],
+                    "share outside A": outside,
+                }
+            )
+    return rows
+
+
+def interference_curves(attention: Attention) -> tuple[list[int], dict[str, list[float]]]:
+    """The steps that were looked at, and by name the shares of the target's attention that cross the border of A."""
+    flow = attention.interference().nanmean(0)
+    steps = (~flow[:, 0].isnan()).nonzero().flatten().tolist()
+    return steps, {"inside to outside": flow[steps, 0].tolist(), "outside to inside": flow[steps, 1].tolist()}
 
 
 def shown(item: Item, edited: Edited) -> dict[str, Image.Image]:

@@ -1,4 +1,4 @@
-"""The command line: masafusion edit | invert | doctor | sync | cache. What people read is written here."""
+"""The command line: masafusion edit | attend | invert | doctor | sync | cache. What people read is written here."""
 
 from __future__ import annotations
 
@@ -62,18 +62,57 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
         typer.echo(config.to_yaml(experiment), nl=False)
         return
     from masafusion_lab import phases, tracking
+    from masafusion_lab.callbacks import Attend
     from masafusion_lab.runs import read_json
+    from masafusion_lab.watch import Watch
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
-        folders = phases.edit(lab, cases, folder, loggers=loggers)
+        every = experiment.tracking.attention
+        watching = [Attend(Watch(), every)] if every else []
+        folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching)
     typer.echo(folder)
     for each in folders:
         result = read_json(each / "result.json")
         seconds = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in result["seconds"].items())
         psnr = float(result["reconstruction_psnr"])
         typer.echo(f"{result['case']}: {seconds}; {result['rows']} UNet rows; reconstruction {psnr:.1f} dB")
+
+
+@app.command(cls=WithKeys)
+def attend(
+    words: Words = None,
+    files: Files = None,
+    print_config: Printed = False,
+    steps: Annotated[str, typer.Option(metavar="A:B", help="Steps A to B - 1 are watched.")] = ":",
+    layers: Annotated[str, typer.Option(metavar="A:B", help="Layers A to B - 1 are watched, in running order.")] = ":",
+    bins: Annotated[int, typer.Option(min=1, help="Parts of the run that maps are kept apart by.")] = 5,
+    looks: Annotated[int, typer.Option(min=1, help="Steps in which self-attention is looked at.")] = 10,
+    heads: Annotated[bool, typer.Option(help="Whether word maps are kept apart by heads.")] = True,
+    limit_gb: Annotated[float, typer.Option("--limit-gb", min=0, help="Memory that maps may take.")] = 1.0,
+) -> None:
+    """Edit as edit does, and leave the attention too: figures, maps.safetensors, attention.html to explore it.
+
+    Of any method; method.name=replay watches a picture that is only inverted, and needs no target.
+    """
+    experiment = read(words or (), files or ())
+    if print_config:
+        typer.echo(config.to_yaml(experiment), nl=False)
+        return
+    from masafusion_lab import phases, tracking
+    from masafusion_lab.callbacks import Attend
+    from masafusion_lab.explorer import is_kept, keep
+    from masafusion_lab.watch import Watch, span
+
+    watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, looks, limit_gb)
+    cases = cases_of(experiment)
+    lab = phases.build(experiment, track=bar)
+    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+        seen = Attend(watch, keep=keep)
+        folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))
+    for each in folders:
+        typer.echo(each / "attention.html")
 
 
 @app.command(cls=WithKeys)

@@ -53,6 +53,8 @@ class Tracking:
     """Name of the run; empty: its folder's."""
     tags: list[str] = field(default_factory=list)
     """Words to find it by."""
+    attention: int = 0
+    """Of every so many cases of an edit the attention is drawn and recorded; 0: of none."""
 
 
 @dataclass
@@ -258,6 +260,7 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
         ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
         ("batch", e.batch, e.batch >= 1, "at least 1"),
         ("dilate", e.dilate, e.dilate >= 0, "at least 0"),
+        ("tracking.attention", e.tracking.attention, e.tracking.attention >= 0, "at least 0"),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
         (
             "model.device",

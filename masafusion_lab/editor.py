@@ -75,8 +75,16 @@ def noise_for(seed: int, case: str, shape: Sequence[int], purpose: str = "x") ->
     return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
 
+def nobody(batch: Sequence[Item]) -> Sequence[Tap]:
+    """Watch nothing."""
+    return ()
+
+
 class Editor(LightningModule):
-    """Edits batches of items with one method; of every case the image that it gives alone."""
+    """Edits batches of items with one method; of every case the image that it gives alone.
+
+    `watch` gives the taps of a batch; it is asked anew when the batch is edited again, or in parts.
+    """
 
     def __init__(
         self,
@@ -85,12 +93,12 @@ class Editor(LightningModule):
         schedule: Schedule,
         *,
         seed: int = 0,
-        taps: Sequence[Tap] = (),
+        watch: Callable[[Sequence[Item]], Sequence[Tap]] = nobody,
         track: Track = silent,
     ) -> None:
         super().__init__()
         self.model, self.method, self.schedule = model, method, schedule
-        self.seed, self.taps, self.track = seed, taps, track
+        self.seed, self.watch, self.track = seed, watch, track
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave items where they are: what an edit needs of them is moved when it is used."""
@@ -140,7 +148,7 @@ class Editor(LightningModule):
 
         given, x = replace(self.given(batch, null), pixels=pixels, noise=noise), noise("x")
         clock.lap("prepare")
-        steps = self.method(model, given, Inversion(states, null), x, schedule=self.schedule, taps=self.taps)
+        steps = self.method(model, given, Inversion(states, null), x, schedule=self.schedule, taps=self.watch(batch))
         what = f"editing {batch[0].id}" if len(batch) == 1 else f"editing {len(batch)} pictures"
         for state, _ in zip(steps, self.track(range(len(self.schedule)), what), strict=False):  # noqa: B007
             interrupt.check()

@@ -42,6 +42,9 @@ class Span:
             raise InputError(f"the window [{a:g},{b:g}] must be [a,b], fractions of the steps with 0 <= a <= b <= 1")
         return cls(int(a * steps), int(b * steps)) if a < b else None
 
+    def __str__(self) -> str:
+        return f"{self.start}:{'' if self.stop is None else self.stop}"
+
 
 @dataclass(frozen=True)
 class Take:

@@ -146,7 +146,8 @@ def predict(
     features = None
     if any(hints) and given.hint is not None:
         features = [torch.cat([hint.scale * f if hint else torch.zeros_like(f) for hint in hints]) for f in given.hint]
-    step, extra = Step(i, rows, branches, taps, given), torch.cat(beside) if beside else None
+    grid = (latents.shape[-2], latents.shape[-1])
+    step, extra = Step(i, rows, branches, taps, grid, given), torch.cat(beside) if beside else None
     eps = model.eps(latents, i, schedule, text, hint=features, step=step, extra=extra).unflatten(0, (len(rows), -1))
     by_row, out = dict(zip(rows, eps, strict=True)), {}
     for b, branch in branches.items():

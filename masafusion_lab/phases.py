@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,17 +201,23 @@ def edit(
     *,
     loggers: Sequence[Any] = (),
     callbacks: Sequence[L.Callback] = (),
+    whole: Callable[[Path], bool] = lambda folder: True,
 ) -> list[Path]:
     """Edit the cases that are not done yet, each written when its batch is; the folders of all of them.
 
-    One case goes into `folder` itself, several each into one of their own inside it. All are checked before the first
-    is inverted. Raises InputError and NotFinite.
+    One case goes into `folder` itself, several each into one of their own inside it. `whole` may find that a case is
+    not done because what `callbacks` write into its folder is not there. All are checked before the first is inverted.
+    Raises InputError and NotFinite.
     """
     if twice := [id for id, times in Counter(case.id for case in cases).items() if times > 1]:
         raise InputError(f"case {twice[0]!r} is there twice: every case needs an id of its own")
     folder = Path(folder)
     jobs = [job(lab, case, folder if len(cases) == 1 else case_folder(folder, case.id)) for case in cases]
-    left = {job.case.id: job for job in jobs if not is_done(job.folder, job.key)}
+
+    def done(job: Job) -> bool:
+        return is_done(job.folder, job.key) and whole(job.folder)
+
+    left = {job.case.id: job for job in jobs if not done(job)}
     if len(left) < len(jobs):
         log.info("%d of %d cases are done already, under the same configuration", len(jobs) - len(left), len(jobs))
     clock, found = Clock(lab.model.device), {}
@@ -225,7 +231,7 @@ def edit(
         with undisturbed(interrupt.check):
             trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(), *callbacks])
             trainer.predict(editor, Batches(lab, list(left.values())), return_predictions=False)
-    if lost := [job for job in jobs if not is_done(job.folder, job.key)]:
+    if lost := [job for job in jobs if not done(job)]:
         raise InputError(f"the trainer left out {len(lost)} of {len(jobs)} cases: lift its limit in trainer.*")
     return [job.folder for job in jobs]
 

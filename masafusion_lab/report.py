@@ -18,6 +18,8 @@ from torch import Tensor
 from masafusion_lab.runs import write_text
 
 INK, LINE, PAPER = "#1f2328", "#d5d9de", "#ffffff"
+NAMES = {"source": "source", "t2i": "intermediate", "target": "target"}
+"""What latents are called where people read."""
 
 
 def picture(pixels: Tensor) -> Image.Image:
@@ -50,7 +52,8 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     before, after = difference(result["prompts"]["source"], result["prompts"]["target"])
     pictures = [name for name in result["files"] if name.endswith(".png") and not name.startswith("strip")]
-    page = _template().render(
+    text = page(
+        "report.html",
         result=result,
         before=before,
         after=after,
@@ -59,7 +62,7 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         again=shlex.join(["masafusion", "edit", "--config", str(folder / "config.yaml"), f"out={folder}-again"]),
     )
     path = folder / "report.html"
-    write_text(path, page)
+    write_text(path, text)
     return path
 
 
@@ -80,8 +83,13 @@ def decibels(value: Any) -> str:
     return "identical"
 
 
+def page(name: str, **what: Any) -> str:
+    """A page of templates/; no text that it is given becomes markup."""
+    return _pages().get_template(name).render(what)
+
+
 @cache
-def _template() -> jinja2.Template:
+def _pages() -> jinja2.Environment:
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("masafusion_lab"),
         autoescape=True,
@@ -90,4 +98,4 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     pages.filters["decibels"] = decibels
-    return pages.get_template("report.html")
+    return pages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -123,6 +123,28 @@ def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], ste
         for name, picture in pictures.items():
             array = np.asarray(picture.convert("RGB"))
             logger.experiment.add_image(f"{key}/{name}", array, step, dataformats="HWC")
+
+
+def log_table(logger: Any, key: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Record rows of a table, which may hold pictures, where a logger has tables."""
+    if isinstance(logger, Guarded):
+        logger.attempt(log_table, logger.logger, key, rows, step)
+    elif isinstance(logger, WandbLogger) and rows:
+        from wandb import Image as Shown
+
+        cells = [[Shown(cell) if isinstance(cell, Image.Image) else cell for cell in row.values()] for row in rows]
+        logger.log_table(key, list(rows[0]), cells, step=step)
+
+
+def log_curves(logger: Any, key: str, x: Sequence[float], curves: Mapping[str, Sequence[float]], step: int) -> None:
+    """Record curves over x, whose meaning is the last part of the key, where a logger can draw them."""
+    if isinstance(logger, Guarded):
+        logger.attempt(log_curves, logger.logger, key, x, curves, step)
+    elif isinstance(logger, WandbLogger):
+        from wandb import plot
+
+        chart = plot.line_series(list(x), [list(y) for y in curves.values()], list(curves), key, "step")
+        logger.log_metrics({key: chart}, step=step)  # type: ignore[dict-item]
 
 
 def mode_of_environment() -> str:

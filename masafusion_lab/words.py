@@ -77,6 +77,21 @@ def marks(tokenizer: Any, texts: Sequence[str], words: Sequence[str], room: int,
     return marked
 
 
+def split(tokenizer: Any, text: str, room: int) -> list[tuple[str, list[int]]]:
+    """The words that are read of a prompt, each with the places of its tokens; place 0 is the start of the text."""
+    tokens = _tokens(tokenizer, text)
+    places: dict[int, list[int]] = {}
+    for place, word in enumerate(tokens.word_ids()[:room], 1):
+        places.setdefault(word, []).append(place)
+    return [(text[slice(*tokens.word_to_chars(word))], its) for word, its in places.items()]
+
+
+def changed(before: Sequence[str], after: Sequence[str]) -> list[int]:
+    """Which words of `after` are not those of `before`, in its order."""
+    blocks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return [k for tag, _, _, start, stop in blocks if tag != "equal" for k in range(start, stop)]
+
+
 def align(source: Sequence[int], target: Sequence[int]) -> list[int | None]:
     """For each token of `target` the one of `source` that it is, as many as can be in order; None: it is new.
 

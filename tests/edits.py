@@ -4,6 +4,8 @@ from PIL import Image, ImageDraw
 
 from masafusion_lab import config, phases
 from masafusion_lab.data.case import Case
+from masafusion_lab.editor import Editor
+from masafusion_lab.watch import Watch
 
 SIZE = (48, 32)
 STEPS = 3
@@ -33,6 +35,22 @@ def lab(root, store, *words):
     """The lab of an experiment with the model in `root`, by key=value words."""
     usual = f"model.path={root} model.device=cpu store={store} size=48x32 steps={STEPS}"
     return phases.build(config.load(words=[*usual.split(), *words]))
+
+
+def watched(lab, *cases, watch=None):
+    """What an edit of the cases, as one batch, made, and what was seen of the attention of each."""
+    records = {c.id: record for c, record, _ in phases.invert(lab, cases)}
+    items = [phases._item(c, lab.prepare(c), records[c.id]) for c in cases]
+    editor = Editor(lab.model, lab.method, lab.schedule)
+    watching = []
+
+    def begin(batch):
+        watching.append((watch or Watch(bins=2)).begin(editor, batch))
+        return watching[-1].taps
+
+    editor.watch = begin
+    edited = editor.predict_step(items)
+    return edited, [w.of(b) for w in watching[-len(items) :] for b in range(len(w.batch))][-len(items) :]
 
 
 class Calls:

@@ -1,6 +1,8 @@
 """The attention processor: diffusers' own when nothing is fused, and rows that read one another when something is."""
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,29 +106,81 @@ def test_a_row_that_reads_everything_costs_no_projection_and_no_attention(tiny):
 
 
 class Watch:
-    def __init__(self):
-        self.seen = []
+    """Keeps all it is shown of the layers of a depth, chunk by chunk."""
 
-    def wants(self, site, i):
-        return site.depth == 1
+    def __init__(self, rows=None, own=False, depth=1):
+        self.rows, self.own, self.depth, self.seen = rows, own, depth, []
 
-    def see(self, site, i, p):
-        self.seen.append((site, i, p))
+    def wants(self, site, i, row):
+        return site.depth in (self.depth, None) and (self.rows is None or row in self.rows)
+
+    def see(self, sight):
+        self.seen.append(sight)
+
+    def whole(self, row, cross=False):
+        chunks = [sight for sight in self.seen if sight.site.cross == cross]
+        assert [s.first for s in chunks] == [0, *torch.tensor([s.p[row].shape[2] for s in chunks]).cumsum(0)[:-1]]
+        return torch.cat([sight.p[row] for sight in chunks], 2)
+
+
+TAKES = {"a": Take(), "b": Take("a", "a", None), "c": Take("a", "a", "a")}
+
+
+def watched(tiny, batch, *taps):
+    return eps(tiny.unet, *batch, replace(step_of(3, taps, **TAKES), grid=batch[0].shape[-2:]))
 
 
 def test_watching_changes_nothing_and_sees_weights_that_sum_to_one(tiny, batch):
-    x, text = batch
-    takes = {"a": Take(), "b": Take("a", "a", None), "c": Take("a", "a", "a")}
     watch = Watch()
-    assert torch.equal(
-        eps(tiny.unet, x, text, step_of(3, [watch], **takes)), eps(tiny.unet, x, text, step_of(3, **takes))
-    )
-    assert [(s.cross, s.depth, i) for s, i, _ in watch.seen] == [(False, 1, 3), (True, 1, 3)]
-    own, words = (p for _, _, p in watch.seen)
+    assert torch.equal(watched(tiny, batch, watch), watched(tiny, batch))
+    assert [(s.site.cross, s.site.depth, s.step.i, s.grid) for s in watch.seen] == [
+        (False, 1, 3, (8, 8)),
+        (True, 1, 3, (8, 8)),
+    ]
+    own, words = (sight.p for sight in watch.seen)
     assert set(own) == {(b, h) for b in "abc" for h in ("null", "text")}
     for p in (own, words):
         torch.testing.assert_close(p["b", "text"].sum(-1), torch.ones(p["b", "text"].shape[:-1]))
     assert torch.equal(own["b", "null"], own["a", "null"])  # b attends with a's map
+
+
+def test_a_tap_is_shown_only_the_rows_that_it_wants(tiny, batch):
+    watch, other = Watch({("c", "text")}), Watch({("a", "null")})
+    watched(tiny, batch, watch, other)
+    assert {row for sight in watch.seen for row in sight.p} == {("c", "text")}
+    assert {row for sight in other.seen for row in sight.p} == {("a", "null")}
+
+
+def test_what_a_branch_attends_to_by_itself_is_there_whatever_it_takes(tiny, batch):
+    used, own, alone = Watch(), Watch(own=True), Watch()
+    watched(tiny, batch, used, own)
+    eps(tiny.unet, *batch, replace(step_of(3, [alone], **{**TAKES, "b": Take(layers=Span(0, 1))}), grid=(16, 16)))
+    assert torch.equal(own.whole(("a", "text")), used.whole(("a", "text")))
+    assert not torch.allclose(own.whole(("b", "text")), used.whole(("b", "text")), atol=1e-3)
+
+
+def test_weights_come_in_chunks_of_bounded_size_that_make_up_the_whole(tiny, batch, monkeypatch):
+    whole, chunked = Watch(depth=0), Watch(depth=0)
+    plain = watched(tiny, batch, whole)
+    monkeypatch.setattr("masafusion_lab.attention.CHUNK", 20_000)
+    assert torch.equal(watched(tiny, batch, chunked), plain)
+    assert len(chunked.seen) > 5
+    for sight in chunked.seen:
+        assert sum({id(p): p.numel() for p in sight.p.values()}.values()) <= 20_000
+    for cross in (False, True):
+        assert torch.equal(chunked.whole(("b", "text"), cross), whole.whole(("b", "text"), cross))
+
+
+def test_the_grid_of_every_layer_is_known_for_any_aspect_ratio(tiny, batch):
+    seen = []
+    watch = SimpleNamespace(own=False, wants=lambda *_: True, see=seen.append)
+    x = torch.randn(6, 4, 10, 28, generator=torch.Generator().manual_seed(0))
+    watched(tiny, (x, batch[1]), watch)
+    grids = {s.site.name.split(".attentions")[0]: s.grid for s in seen}
+    assert grids == {
+        **{"down_blocks.0": (10, 28), "down_blocks.1": (5, 14), "down_blocks.2": (3, 7), "mid_block": (3, 7)},
+        **{"up_blocks.0": (3, 7), "up_blocks.1": (5, 14), "up_blocks.2": (10, 28)},
+    }
 
 
 def test_the_processor_reads_rows_by_name_not_by_place():

@@ -10,10 +10,10 @@ import masafusion_lab
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
     "schedule fusion attention residual words hub",
-    "lockstep model loading network contrast",
+    "lockstep model loading network contrast taps",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
-    "data hints pidinet editor callbacks report tracking",
+    "data hints pidinet editor callbacks report tracking maps watch figures explorer",
     "config configfile keys request manual lab phases cli progress doctor sync",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

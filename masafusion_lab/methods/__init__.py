@@ -13,6 +13,7 @@ from masafusion_lab.methods.plain import Plain, Reconstruction
 from masafusion_lab.methods.plug_and_play import PlugAndPlay
 from masafusion_lab.methods.prompt_to_prompt import PromptToPrompt
 from masafusion_lab.methods.protocol import Method, Needs, Source, needs
+from masafusion_lab.methods.replay import Replay
 from masafusion_lab.methods.sdedit import SDEdit
 from masafusion_lab.methods.t2i_only import T2IOnly
 
@@ -26,6 +27,7 @@ METHODS: dict[str, type] = {
     "t2i_only": T2IOnly,
     "plain": Plain,
     "reconstruction": Reconstruction,
+    "replay": Replay,
     "sdedit": SDEdit,
     "diffedit": DiffEdit,
     "sde_diffedit": SdeDiffEdit,

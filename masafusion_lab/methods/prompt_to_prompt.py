@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Site, Tap
+from masafusion_lab.attention import Row, Sight, Site, Tap
 from masafusion_lab.fusion import Branch, Follow, Given, Plan, Span, Take, Words
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
@@ -62,13 +62,13 @@ class PromptToPrompt:
         """Source and target for a model with these attention layers, in `steps` steps."""
         take, follow = Take(), None
         if span := Span.part(self.self_window, steps):
-            fine = {site.depth for site in sites if not site.cross and site.scale * self.self_resolution >= CELLS}
+            fine = {site.depth for site in sites if not site.cross and 2**site.level * self.self_resolution >= CELLS}
             take = Take("S", "S", None, span, fine, ("text",))
         if spans := [s for w in (self.cross_window, *self.cross_words.values()) if (s := Span.part(w, steps + 1))]:
             follow = Words("S", Span(min(s.start for s in spans), max(s.stop or 0 for s in spans)))
         if self.blends:
             follow = Words("S")  # in every step: its maps are looked at
-            if not any(site.cross and site.scale * self.blend_resolution == CELLS for site in sites):
+            if not any(site.cross and 2**site.level * self.blend_resolution == CELLS for site in sites):
                 raise InputError(f"method.blend_resolution={self.blend_resolution}: no layer has such maps; take 16")
         target = Branch("target", "target", null=self.null, take=take, words=follow)
         return Plan({"S": Branch("source", "source"), "T": target}, {"target": "T"})
@@ -147,18 +147,23 @@ class LocalBlend:
     The target's maps are those that it used, after they followed the source's, as in the published code.
     """
 
+    own = False
+
     def __init__(self, on: Tensor, off: Tensor, resolution: int, start: int, threshold: float) -> None:
         self.on, self.off = on, off
         self.resolution, self.start, self.threshold = resolution, start, threshold
-        self.maps: Tensor | float = 0.0
+        self.maps: Tensor | None = None
 
-    def wants(self, site: Site, i: int) -> bool:
-        """Cross-attention of one resolution."""
-        return site.cross and site.scale * self.resolution == CELLS
+    def wants(self, site: Site, i: int, row: Row) -> bool:
+        """Cross-attention of one resolution, of source and target."""
+        return site.cross and 2**site.level * self.resolution == CELLS and row in (("S", "text"), ("T", "text"))
 
-    def see(self, site: Site, i: int, p: Mapping[tuple[str, str], Tensor]) -> None:
-        """Add to the maps (2, B, N, n) of source and target."""
-        self.maps = self.maps + torch.stack([p["S", "text"], p["T", "text"]]).float().sum(2)
+    def see(self, sight: Sight) -> None:
+        """Add to the maps (2, B, h, w, n) of source and target."""
+        p = torch.stack([sight.p["S", "text"], sight.p["T", "text"]]).sum(2)
+        if self.maps is None:
+            self.maps = p.new_zeros(*p.shape[:2], *sight.grid, p.shape[-1])
+        self.maps.flatten(2, 3)[:, :, sight.first : sight.first + p.shape[2]] += p
 
     def __call__(self, state: State) -> dict[str, Tensor]:
         """The target with the source in the pixels of neither prompt's words."""
@@ -169,7 +174,7 @@ class LocalBlend:
 
         def pixels(words: Tensor, reach: int) -> Tensor:
             """Where either prompt's words are looked at, (B, 1, h, w), and as many cells around it."""
-            looks = (self.maps * words[:, :, None]).sum(-1).unflatten(-1, (-(-height * self.resolution // CELLS), -1))
+            looks = (self.maps * words[:, :, None, None]).sum(-1)
             looks = F.interpolate(F.max_pool2d(looks, 2 * reach + 1, 1, reach), (height, width))
             return (looks > self.threshold * looks.amax((-2, -1), keepdim=True)).any(0)[:, None]
 

@@ -1,0 +1,42 @@
+"""No edit: the inverted picture's record, step by step, for those who watch its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from masafusion_lab.attention import Site, Tap
+from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.methods.protocol import Source
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Ask the UNet about every state of the record, under the source prompt; the target is the source."""
+
+    guidance: float = 1.0
+    """w of (3); away from 1 the null half is asked too, and nothing else comes of it."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """The source branch alone."""
+        return Plan({"S": Branch("source", "source", null="tuned")}, {"source": "S"})
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Replay; see `Method`."""
+        plan, record = self.plan(model.sites, len(schedule)), {"source": source.states}
+        for state in lockstep(model, plan, {}, given, schedule=schedule, replay=record, w=self.guidance, taps=taps):
+            yield replace(state, x={**state.x, "target": state.x["source"]})

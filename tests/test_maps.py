@@ -1,0 +1,223 @@
+"""What was seen of a case: how it is asked for, by whom it is refused, and its file."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from masafusion_lab import InputError
+from masafusion_lab.attention import install
+from masafusion_lab.fusion import Branch, Plan, Span
+from masafusion_lab.lockstep import lockstep
+from masafusion_lab.maps import Attention, Heat, PixelMaps
+from masafusion_lab.methods import METHODS
+from masafusion_lab.watch import Watch, denoisers, span
+from tests.edits import STEPS, case, watched
+from tests.edits import lab as make_lab
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Text to image: nothing is inverted, and nothing read."""
+
+    def __call__(self, model, given, source, x, *, schedule, taps=()):
+        plan = Plan({"T": Branch("target", "target")}, {"target": "T"})
+        yield from lockstep(model, plan, {"target": x}, given, schedule=schedule, taps=taps)
+
+
+@pytest.fixture(scope="module")
+def attention(tiny_root, tmp_path_factory):
+    """Of a MaSaFusion edit, in a bin a step."""
+    lab = make_lab(tiny_root, tmp_path_factory.mktemp("store"))
+    return watched(lab, case(target="a red dog on Red grass"), watch=Watch(bins=STEPS))[1][0]
+
+
+def test_words_are_found_wherever_they_stand_and_phrases_as_one(attention):
+    maps = attention.words("T_in")
+    assert maps.places("red") == [2, 5]
+    assert maps.places("red  DOG") == [2, 3]
+    torch.testing.assert_close(maps.word("red").values, (maps.tokens[2] + maps.tokens[5]) / 2)
+    assert list(maps.all()) == ["start", "a", "red", "dog", "on", "Red", "grass", "end", "padding"]
+    assert attention.facts["prompts"]["target"]["edited"] == [1, 2, 4]
+
+
+def test_a_word_of_several_tokens_is_one_word(tiny_root, tmp_path):
+    _, (attention,) = watched(make_lab(tiny_root, tmp_path), case(target="a dogcat on grass"))
+    assert [word for word, _ in attention.words().words] == ["a", "dogcat", "on", "grass"]
+    assert len(attention.words().places("dogcat")) > 1
+
+
+def test_maps_are_narrowed_by_steps_layers_and_heads(attention):
+    whole = attention.words("S", layers=[0, 8])
+    parts = [attention.words("S", steps=(i, i + 1), layers=[d], head=h).raw
+             for i in range(STEPS) for d in (0, 8) for h in (0, 1)]  # fmt: skip
+    assert all(len(raw) == 1 for raw in parts)
+    torch.testing.assert_close(sum(raw[0] for raw in parts), sum(whole.raw))
+    middle = next(d for d, site in enumerate(attention.facts["layers"]["cross"]) if site["name"].startswith("mid"))
+    assert len(attention.words("S", layers=[middle]).raw) == 2
+    assert len(attention.words("S").raw) == 2 * (len(attention.facts["layers"]["cross"]) - 1)
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda a: a.words("T_in").word("snow"), "'snow' is not in the prompt, whose words are: a, red, dog, on, Red"),
+        (lambda a: a.words("T_in").word(" "), "is not in the prompt"),
+        (lambda a: a.words("T"), "branch 'T' was not seen; there are S, I_out, I_in, T_out, T_in, source, t2i, target"),
+        (lambda a: a.words(layers=[10]), "cross-attention layer 10: was not seen; there are 0, 1, 2"),
+        (lambda a: a.pixels(layers=[-1]), "self-attention layer -1: was not seen"),
+        (lambda a: a.words(head=2), "head 2: layer 0 has heads 0 to 1"),
+        (lambda a: a.words(steps=(0, 4)), "steps 0:4: maps are kept for steps that begin and end at 0, 1, 2, 3"),
+        (lambda a: a.words(steps=(2, 2)), "steps 2:2"),
+        (lambda a: a.words(half="null"), "words of target, null half: was not recorded"),
+        (lambda a: a.pixels("I_out"), "pixels of I_out, text half: was not recorded"),
+        (lambda a: a.pixels().pixel(1.5, 0), "parts of the picture's width and height"),
+    ],
+)
+def test_what_was_not_seen_is_refused_and_what_was_is_named(attention, ask, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        ask(attention)
+
+
+@pytest.mark.parametrize(
+    ("watch", "said"),
+    [
+        (Watch(steps=Span(3)), "steps 3:: the run has steps 0 to 2"),
+        (Watch(layers=Span(10, 12)), "layers 10:12: the model has layers 0 to 9"),
+        (Watch(limit_gb=1e-6), r"maps of 1 pictures would take 0.00 GB, but 1e-06 are allowed: take fewer bins"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_is_denoised(tiny_root, tmp_path, watch, said):
+    with pytest.raises(InputError, match=said):
+        watched(make_lab(tiny_root, tmp_path), case(), watch=watch)
+
+
+def test_maps_take_the_memory_that_was_reckoned(tiny_root, tmp_path):
+    lab = make_lab(tiny_root, tmp_path)
+    _, seen = watched(lab, case(), watch=Watch(bins=2))
+    kept = sum(x.numel() * 4 for name, x in seen[0].tensors.items() if name.startswith(("words/", "pixels/")))
+    with pytest.raises(InputError, match="would take"):
+        watched(lab, case(), watch=Watch(bins=2, limit_gb=(kept - 1) / 2**30))
+    watched(lab, case(), watch=Watch(bins=2, limit_gb=1.2 * kept / 2**30))  # prompts of unlike length: reckoned alike
+
+
+def test_only_chosen_steps_and_layers_are_watched(tiny_root, tmp_path):
+    _, (attention,) = watched(
+        make_lab(tiny_root, tmp_path), case(), watch=Watch(Span(1), Span(0, 2), bins=5, heads=False)
+    )
+    assert attention.facts["bins"] == [[1, 2], [2, 3]]
+    assert {name.split("/")[3] for name in attention.tensors if name != "mask"} == {"0", "1"}
+    assert attention.tensors["words/S/text/0"].shape[1] == 1
+    assert attention.curves("flow", "S")[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("text", ["x", "1:y", "1.5"])
+def test_a_range_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="give a range"):
+        span(text, "--steps")
+    assert (span("3", ""), span("2:", ""), span(":", "")) == (Span(3, 4), Span(2), Span())
+
+
+@pytest.mark.parametrize("name", [*METHODS, "generation"])
+def test_the_attention_of_every_method_is_seen(tiny_root, tmp_path, name):
+    lab = make_lab(tiny_root, tmp_path, *([] if name == "generation" else [f"method.name={name}"]))
+    if name == "generation":
+        lab.method = Generation()
+    changes = {"mask": None, "hints": {}, "target": ""} if name == "replay" else {}
+    (edited,), (attention,) = watched(lab, case(**changes))
+    latent = "source" if name == "replay" else "target"
+    assert attention.words(latent).word("grass").values.shape == (8, 12)
+    assert attention.pixels(latent).components().shape == (3, 8, 12)
+    if name == "replay":
+        assert torch.equal(edited.pictures["target"], edited.pictures["reconstruction"])
+    else:
+        assert 0 < attention.interference().nanmean() < 1
+
+
+def test_latents_are_told_by_the_branches_that_denoise_them(tiny):
+    plan = METHODS["masafusion"]().plan(tiny.sites, 3)
+    assert denoisers(plan) == {"source": ("S", "S"), "t2i": ("I_in", "I_out"), "target": ("T_in", "T_out")}
+
+
+def test_the_interference_of_a_target_is_that_of_the_branches_that_denoise_it(attention):
+    flow = attention.interference()
+    assert torch.equal(flow[..., 0], attention.curves("flow", "T_in")[..., 0])
+    assert torch.equal(flow[..., 1], attention.curves("flow", "T_out")[..., 1])
+    assert torch.equal(flow[..., 1], attention.curves("flow", "S")[..., 1])  # whose attention T_out takes
+
+
+def test_an_edit_in_parts_for_want_of_memory_is_not_counted_twice(tiny_root, tmp_path):
+    lab, rows = make_lab(tiny_root, tmp_path), []
+
+    def full(module, args, output):
+        rows.append(len(args[0]))
+        if rows[-1] == 20 and rows.count(20) == 2:  # in the middle of the edit of both
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    lab.model.unet.register_forward_hook(full)
+    _, seen = watched(lab, case("a"), case("b", shift=3))
+    assert (rows.count(20), rows.count(10)) == (2, 2 * STEPS)
+    for attention in seen:
+        maps = attention.tensors["words/T_in/text/0"]
+        torch.testing.assert_close(maps.sum((0, 2)), torch.full_like(maps[0, :, 0], STEPS))
+
+
+def test_what_was_seen_is_kept_in_a_file(attention, tmp_path):
+    attention.save(tmp_path / "maps.safetensors")
+    again = Attention.load(tmp_path / "maps.safetensors")
+    assert again.tensors.keys() == attention.tensors.keys()
+    for name, x in attention.tensors.items():
+        torch.testing.assert_close(again.tensors[name].float(), x, rtol=1e-3, atol=1e-4, equal_nan=True)
+    a, b = (seen.words("T_in", steps=(0, 2)).word("red").values for seen in (attention, again))
+    torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x10" + bytes(7) + b'{"a":1}'])
+def test_what_is_no_such_file_is_refused(tmp_path, content):
+    (tmp_path / "maps.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="holds no attention maps"):
+        Attention.load(tmp_path / "maps.safetensors")
+    with pytest.raises(InputError, match="holds no attention maps"):
+        Attention.load(tmp_path / "none.safetensors")
+
+
+def test_a_map_lies_over_a_picture_of_any_shape_as_it_is():
+    values = torch.zeros(4, 8)
+    values[0, 7] = 1  # top right
+    overlay = np.asarray(Heat("x", values).overlay(Image.new("RGB", (80, 40))))
+    assert overlay.shape == (40, 80, 3)
+    assert np.unravel_index(overlay.sum(2).argmax(), (40, 80)) > (0, 60)
+    assert overlay[:8, 72:].mean() > 3 * overlay[20:, :40].mean()
+    mask = Heat("x", values).mask(40, 80)
+    assert mask[4, 75]
+    assert mask.float().mean() < 0.1
+
+
+def test_pixels_and_regions_are_asked_by_their_place():
+    raw = torch.zeros(2, 4, 2, 4)
+    for y in range(2):
+        for x in range(4):
+            raw[y, x, y, x] = 1  # each attends to itself
+    maps = PixelMaps([raw])
+    assert maps.pixel(0.9, 0.1).values.argmax() == 3
+    torch.testing.assert_close(maps.mean.mean((2, 3)), torch.ones(2, 4))
+    mask = torch.zeros(2, 4)
+    mask[:, :2] = 1
+    torch.testing.assert_close(maps.region(mask).values, 2 * mask)
+    assert maps.components().unique(dim=None).numel() > 2
+
+
+def test_sites_know_heads_and_level(tiny):
+    assert {(s.name.split(".attentions")[0], s.heads, s.level) for s in install(tiny.unet)} == {
+        ("down_blocks.0", 2, 0), ("down_blocks.1", 2, 1), ("down_blocks.2", 2, 2), ("mid_block", 2, 2),
+        ("up_blocks.0", 2, 2), ("up_blocks.1", 2, 1), ("up_blocks.2", 2, 0),
+    }  # fmt: skip
+
+
+def test_a_branch_that_reads_another_is_told_from_it_by_its_own_maps(attention):
+    """The target inside A attends by the intermediate image's Q and K, (10); its own map is another."""
+    apart = attention.curves("distance", "I_in:T_in")[..., 0]
+    assert (apart.nanmean() > 0.01) & (apart.nanmean() < attention.curves("distance", "S:T_in")[..., 0].nanmean())
