@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import add
@@ -13,57 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Given, Span, Words
+from masafusion_lab.fusion import Branch, Given, Words
+from masafusion_lab.sites import Site, found
 
 CHUNK = 2**21
 """Attention weights that are shown to taps at a time."""
 Row: TypeAlias = tuple[str, str]
 """A branch, and a half of guidance."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """One attention layer. `depth` counts self- or cross-attention layers in running order: down, mid, up.
-
-    `level`: how often the latent's sides are halved there.
-    """
-
-    name: str
-    depth: int
-    cross: bool
-    heads: int = 1
-    level: int = 0
-
-    def grid(self, h: int, w: int) -> tuple[int, int]:
-        """Height and width of this layer's pixels for a latent of h x w."""
-        return -(-h // 2**self.level), -(-w // 2**self.level)
-
-
-def layers(text: str, sites: Sequence[Site]) -> Container[int]:
-    """The depths of self-attention layers that a text names: all, decoder, a range a:b, or a list such as 3,4,9.
-
-    10/16 is the layer as deep in this model as layer 10 in one of 16. Raises InputError for what names none.
-    """
-    own = [site for site in sites if not site.cross]
-    if text == "all":
-        return Span()
-    if text == "decoder":
-        return {site.depth for site in own if site.name.startswith("up_blocks")}
-
-    def place(part: str) -> int:
-        number, _, of = part.partition("/")
-        return int(number) * len(own) // int(of) if of else int(number)
-
-    try:
-        if ":" in text:
-            a, b = text.split(":")
-            return Span(place(a or "0"), place(b) if b else None)
-        return {place(part) for part in text.split(",")}
-    except (ValueError, ZeroDivisionError):
-        raise InputError(
-            f"{text!r} names no layers: give all, decoder, a range (8:16, 10/16:) or a list (3,4,9)"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -325,19 +280,8 @@ def install(unet: Any) -> tuple[Site, ...]:
 
     Without a `step` in `cross_attention_kwargs` the UNet computes exactly what it did before.
     """
-    found = [(name, module) for name, module in unet.named_modules() if re.search(r"\.attn[12]$", name)]
-    found.sort(key=lambda layer: _running_order(layer[0]))
-    deepest, sites = len(unet.get_submodule("down_blocks")) - 1, list[Site]()  # type: ignore[arg-type]
-    for name, module in found:
-        cross, (place, block, *_) = name.endswith("attn2"), _running_order(name)
-        level = (block, deepest, deepest - block)[place]
-        sites.append(Site(name, sum(s.cross == cross for s in sites), cross, int(module.heads), level))
+    there = found(unet)
+    for site, module in there.items():
         if not isinstance(module.processor, RoutedAttention):
-            module.set_processor(RoutedAttention(sites[-1]))
-    return tuple(sites)
-
-
-def _running_order(name: str) -> tuple[int, ...]:
-    """Down, mid, up (a UNet lists its middle block last); within a block, by the numbers in the name."""
-    place = ["down_blocks", "mid_block", "up_blocks"].index(name.split(".")[0])
-    return place, *map(int, re.findall(r"\d+", name))
+            module.set_processor(RoutedAttention(site))
+    return tuple(there)

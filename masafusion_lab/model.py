@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Site, Step, install
+from masafusion_lab.attention import Step, install
 from masafusion_lab.loading import choose_device, choose_dtype, read
 from masafusion_lab.network import SUFFIX
 from masafusion_lab.residual import sharing
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 log = logging.getLogger(__name__)
 

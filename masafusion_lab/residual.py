@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masafusion_lab.attention import Site, Step, gather
+from masafusion_lab.attention import Step, gather
+from masafusion_lab.sites import Site
 
 
 @contextmanager

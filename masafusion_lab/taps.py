@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Row, Sight, Site
+from masafusion_lab.attention import Row, Sight
 from masafusion_lab.fusion import Branch, Span
+from masafusion_lab.sites import Site
 
 QUERIES, KEYS = 16, 32
 """Cells along the longer side that queries and keys of self-attention are pooled to, where a layer has more."""

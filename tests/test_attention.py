@@ -9,8 +9,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Site, Step, install, layers
+from masafusion_lab.attention import Step, install
 from masafusion_lab.fusion import Branch, Follow, Given, Span, Take, Words
+from masafusion_lab.sites import Site, layers
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def follow(taps, **rules):
     mask = torch.zeros(2, 1, 8, 8)
     mask[0, :, :4], mask[1, :, 2:7, 1:3] = 1, 1
     given = Given({}, mask, words=Follow(theirs, 1 - theirs.sum(2)))
-    return Step(0, (("a", "text"), ("b", "text")), branches, taps, given)
+    return Step(0, (("a", "text"), ("b", "text")), branches, taps, (8, 8), given)
 
 
 RULES = [
@@ -225,19 +226,18 @@ def test_a_row_that_joins_others_is_watched_as_it_attends_and_changes_no_neighbo
     torch.testing.assert_close(out[:2], plain[:2], rtol=1e-4, atol=1e-5)
     assert (out[2:] - plain[2:]).abs().amax((1, 2, 3)).min() > 1e-3
     if "take" in rule:  # followed words need not sum to one
-        for _, _, p in watch.seen:
-            torch.testing.assert_close(p["b", "text"].sum(-1), torch.ones(p["b", "text"].shape[:-1]))
+        for sight in watch.seen:
+            torch.testing.assert_close(sight.p["b", "text"].sum(-1), torch.ones(sight.p["b", "text"].shape[:-1]))
 
 
 def test_words_are_followed_token_by_token(tiny, four):
     """The first picture's map is a's, the second's own for its first three words and a's for the others."""
     site = next(site for site in tiny.sites if site.cross)
-    attn, watch = tiny.unet.get_submodule(site.name), Watch()
-    watch.wants = lambda *_: True
+    attn, watch = tiny.unet.get_submodule(site.name), Watch(depth=site.depth)
     hidden = torch.randn(4, 64, attn.query_dim, generator=torch.Generator().manual_seed(0))
     attn.processor(attn, hidden, four[1], step=follow([watch], words=Words("a")))
     attn.processor(attn, hidden, four[1], step=follow([watch]))
-    followed, own = (p for _, _, p in watch.seen)
+    followed, own = (sight.p for sight in watch.seen)
     b, base, alone = followed["b", "text"], own["a", "text"], own["b", "text"]
     torch.testing.assert_close(b[0], base[0])
     torch.testing.assert_close(b[1], torch.cat([alone[1, ..., :3], base[1, ..., 3:]], -1))
@@ -257,23 +257,8 @@ def test_layers_are_named_as_deep_as_in_another_model(tiny):
     assert [d for d in range(16) if d in layers("10/16:", of_sd)] == [*range(10, 16)]
     own = [site for site in tiny.sites if not site.cross and site.depth in layers("10/16:", tiny.sites)]
     assert {site.name[:11] for site in own} == {"up_blocks.1", "up_blocks.2"}
-    assert [site.scale for site in own] == [2, 2, 1, 1]
+    assert [site.level for site in own] == [1, 1, 0, 0]
     assert layers("8/16", of_sd) == {8}
     for wrong in ("10/0:", "1/2/3", "/16"):
         with pytest.raises(InputError, match="names no layers"):
             layers(wrong, of_sd)
-
-
-def test_the_scale_of_a_site_is_that_of_its_maps(tiny, batch):
-    seen = {}
-
-    class Sizes(Watch):
-        def wants(self, site, i):
-            return True
-
-        def see(self, site, i, p):
-            seen[site] = p["a", "text"].shape[2]
-
-    eps(tiny.unet, *batch, step_of(0, [Sizes()], a=Take(), b=Take(), c=Take()))
-    assert set(seen) == set(tiny.sites)
-    assert all(pixels == (16 // site.scale) ** 2 for site, pixels in seen.items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Faded, Hint, Masked, Plan, Span, Take, Words
+from masafusion_lab.fusion import Branch, Hint, Masked, Plan, Span, Take, Weighted, Words
 from masafusion_lab.lockstep import mix
 
 S, T = Branch("source", "source"), Branch("target", "target", take=Take(None, "S", "S", Span(2, 4)))
@@ -27,7 +27,7 @@ def test_of_a_branch_that_is_only_read_there_are_only_the_halves_that_are_read()
     plan = Plan({"S": S, "T": follow}, {"target": "T"})
     own = (("T", "null"), ("T", "text"))
     assert [plan.rows(i) for i in (0, 1, 3)] == [own, *2 * [(own[0], ("S", "text"), own[1])]]
-    assert plan.rows(1, ("text",)) == (("S", "text"), ("T", "text"))
+    assert plan.rows(1, 1.0) == (("S", "text"), ("T", "text"))
 
 
 def test_without_a_region_what_is_optional_about_it_is_left_out():
@@ -57,9 +57,13 @@ def test_the_adapter_is_on_in_a_first_part_of_the_steps():
     assert Hint.first(0, 4) is None
 
 
-def test_a_share_of_one_eps_fades_into_another():
+def test_weights_may_change_with_the_step():
     eps = {"a": torch.tensor(4.0), "b": torch.tensor(8.0)}
-    assert [float(mix(eps, Faded("a", "b", (1.0, 0.5, 0.0)), None, i)) for i in range(3)] == [4, 6, 8]
+    assert [float(mix(eps, Weighted({"a": (1.0, 0.5, 0.0), "b": (0.0, 0.5, 1.0)}), None, i)) for i in range(3)] == [
+        4,
+        6,
+        8,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,7 @@ def test_a_share_of_one_eps_fades_into_another():
         ({"T": Branch("target", "target", words=Words("S"))}, {"target": "T"}, "reads S, no branch"),
         ({"S": S, "T": Branch("target", "target", words=Words("S", Span(9, 9)))}, {"target": "T"}, "none of the 10"),
         ({"S": S, "T": Branch("target", "target", feature=Take(v="S", layers={5}))}, {"target": "T"}, "5 residual"),
-        ({"T": Branch("target", "target")}, {"target": Faded("T", "S", (1.0,))}, "denoised by 'S'"),
+        ({"T": Branch("target", "target")}, {"target": Weighted({"T": 1.0, "S": 0.0})}, "denoised by 'S'"),
     ],
 )
 def test_a_plan_that_cannot_work_says_why(branches, noise, words):

@@ -9,7 +9,7 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion attention residual words hub",
+    "schedule fusion sites attention residual words hub",
     "lockstep model loading network contrast taps",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",

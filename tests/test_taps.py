@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from masafusion_lab import phases
-from masafusion_lab.attention import Sight, Site
+from masafusion_lab.attention import Sight
 from masafusion_lab.methods import Plain
+from masafusion_lab.sites import Site
 from masafusion_lab.taps import DistanceTap, FlowTap, PixelTap, WordTap, bins, pooled
 from masafusion_lab.watch import Watch
 from tests.edits import STEPS, case, watched

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import contrast
-from masafusion_lab.attention import Site, Tap
+from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Given, Plan, Sde
 from masafusion_lab.lockstep import State, fresh, lockstep
 from masafusion_lab.methods.protocol import Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Site, Tap, layers
+from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import HALVES, Branch, Given, Hint, Masked, Plan, Span, Take
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Row, Sight, Site, Tap
+from masafusion_lab.attention import Row, Sight, Tap
 from masafusion_lab.fusion import Branch, Follow, Given, Plan, Span, Take, Words
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 CELLS = 64
 """Side of Stable Diffusion's latents, by which published resolutions are counted."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from masafusion_lab.attention import Site, Tap
+from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Given, Plan
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
