@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -47,17 +47,19 @@ class Take:
 
 @dataclass(frozen=True)
 class Hint:
-    """When and in which halves of guidance the adapter's features are added."""
+    """When, in which halves of guidance and how strongly the adapter's features are added."""
 
     steps: Container[int] = Span()
     halves: tuple[str, ...] = HALVES
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null`.
+    """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null` by `w` of (3).
 
     `null` names a prompt of `Given` or is "tuned": the record's optimised embedding of the step, where there is one.
+    Where `w` is None, the caller of the denoising says it.
     """
 
     x: str
@@ -65,15 +67,25 @@ class Branch:
     hint: Hint | None = None
     null: str = "empty"
     take: Take = Take()
+    w: float | None = None
+
+    @property
+    def read(self) -> set[str]:
+        """The branches that its rules read."""
+        return {name for field in fields(self) for name in getattr(getattr(self, field.name), "read", ())}
 
 
 @dataclass(frozen=True)
 class Masked:
-    """eps of branch `inside` where A = 1 and of branch `outside` where A = 0; `inside` everywhere in other steps."""
+    """eps of branch `inside` where A = 1 and of branch `outside` where A = 0; `inside` everywhere in other steps.
+
+    `region`: which of `Given.regions` is A; None: its mask.
+    """
 
     inside: str
     outside: str
     steps: Container[int] = Span()
+    region: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,10 @@ class Plan:
         used = set(self.used(i))
         read = {name for b in used if i in self.branches[b].take.steps for name in self.branches[b].take.read}
         return {name: branch for name, branch in self.branches.items() if name in used | read}
+
+    def moves(self, i: int) -> dict[str, tuple[str, str | Masked]]:
+        """The latents that step i makes: name -> name of the one it is made from, and what denoises it."""
+        return {name: (name, rule) for name, rule in self.noise.items()}
 
     def check(
         self, *, steps: int, layers: int, latents: Container[str], prompts: Container[str], masked: bool, hinted: bool
@@ -130,20 +146,46 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Script:
+    """A plan written out: of each step its branches, and the latents that it makes, as `Plan.at` and `Plan.moves`."""
+
+    branches: Sequence[Mapping[str, Branch]]
+    made: Sequence[Mapping[str, tuple[str, str | Masked]]]
+
+    def at(self, i: int) -> Mapping[str, Branch]:
+        """The branches of step i."""
+        return self.branches[i]
+
+    def moves(self, i: int) -> Mapping[str, tuple[str, str | Masked]]:
+        """The latents that step i makes."""
+        return self.made[i]
+
+    def check(self, **facts: object) -> None:
+        """The plans that it was written from were checked."""
+
+
+@dataclass(frozen=True)
 class Given:
     """What a batch of B cases gives a method.
 
-    `prompts`: name -> (B, n, d), with "source", "target" and "empty"; `mask`: A at latent resolution, (B, 1, h, w) in
-    [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings.
+    `prompts`: name -> (B, n, d), or (T, B, n, d) where it changes with the step, with "source", "target" and "empty";
+    `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level;
+    `null`: (T, B, n, d), the record's embeddings; `regions`: further masks by name.
     """
 
     prompts: Mapping[str, Tensor]
     mask: Tensor | None = None
     hint: tuple[Tensor, ...] | None = None
     null: Tensor | None = field(default=None)
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""
         if name == "tuned":
             return self.prompts["empty"] if self.null is None else self.null[i]
-        return self.prompts[name]
+        prompt = self.prompts[name]
+        return prompt[i] if prompt.ndim == 4 else prompt
+
+    def region(self, name: str | None) -> Tensor | None:
+        """The mask called `name`; of None the mask."""
+        return self.mask if name is None else self.regions[name]

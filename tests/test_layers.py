@@ -10,7 +10,7 @@ import masafusion_lab
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
     "schedule fusion attention words hub",
-    "lockstep model loading",
+    "lockstep shared model loading",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Given
-from masafusion_lab.lockstep import State
+from masafusion_lab.lockstep import Course, State
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -35,4 +35,13 @@ class Method(Protocol):
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; x (B, C, h, w) is the case's Gaussian noise."""
+        ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A method whose call is nothing but one `lockstep`, which it also gives as data, so that a sweep may share rows."""
+
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """What its call gives `lockstep`."""
         ...
