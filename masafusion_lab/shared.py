@@ -12,7 +12,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.fusion import HALVES, Branch, Given, Masked, Script, Span
-from masafusion_lab.lockstep import Course, calls
+from masafusion_lab.lockstep import Course, calls, guidance
 
 Rule: TypeAlias = str | Masked
 Move: TypeAlias = tuple[str, Rule]
@@ -45,8 +45,7 @@ def share(courses: Sequence[Course], *, steps: int, layers: int, wanted: Iterabl
     made: list[dict[str, Move]] = [{} for _ in range(steps)]
     for i in range(steps):
         for course, its in zip(courses, latents, strict=True):
-            now = {name: (its[name], common.rule(course, its, rule, i)) for name, rule in course.plan.noise.items()}
-            for name, move in now.items():
+            for name, move in At(common, course, its, i).made().items():
                 its[name] = common.name(name, move)
                 made[i][its[name]] = move
     return _written(common, made, [{name: its[name] for name in wanted if name in its} for its in latents])
@@ -85,39 +84,6 @@ class Common:
         latents = {name: self.tensor("x", name, x) for name, x in course.x.items()}
         return latents | {name: self.tensor("replay", name, states) for name, states in course.replay.items()}
 
-    def rule(self, course: Course, latents: Mapping[str, str], rule: Rule, i: int) -> Rule:
-        """What denoises a latent at step i."""
-        if isinstance(rule, str):
-            return self.branch(course, latents, rule, i)
-        inside, region = self.branch(course, latents, rule.inside, i), course.given.region(rule.region)
-        if i not in rule.steps or region is None:
-            return inside
-        outside = self.branch(course, latents, rule.outside, i)
-        return Masked(inside, outside, region=self.tensor("region", "A", region))
-
-    def branch(self, course: Course, latents: Mapping[str, str], name: str, i: int, path: tuple[str, ...] = ()) -> str:
-        """The name of a branch at step i. Raises InputError for one that reads itself by way of others."""
-        if name in path:
-            raise InputError(f"branches {', '.join(path)} read one another: such a plan shares no rows; run it apart")
-        branch, given = course.plan.branches[name], course.given
-        facts = {field.name: getattr(branch, field.name) for field in fields(branch)}
-        for field in fields(branch):
-            if is_dataclass(value := facts[field.name]):
-                read = {b: self.branch(course, latents, b, i, (*path, name)) for b in getattr(value, "read", ())}
-                facts[field.name] = self._in_force(value, i, read) or field.default
-        if given.hint is None:
-            facts["hint"] = None
-        for half in ("prompt", "null"):
-            text = facts[half] if facts[half] != "tuned" or given.null is not None else "empty"
-            embedding = given.null if text == "tuned" else given.prompts[text]
-            facts[half] = self.tensor("prompt", "text", embedding)
-        guided = name in course.plan.used(i)  # of one that is only read, w says nothing
-        facts |= {"x": latents[branch.x], "w": (course.w if branch.w is None else branch.w) if guided else 1.0}
-        known = Branch(**facts)
-        common = self.name(name, known)
-        self.branches[common] = known
-        return common
-
     def closure(self, names: Iterable[str]) -> dict[str, Branch]:
         """These branches and all that they read, directly or not."""
         found: dict[str, Branch] = {}
@@ -128,26 +94,65 @@ class Common:
                 waiting += sorted(found[name].read)
         return found
 
-    def _in_force(self, rule: Any, i: int, read: Mapping[str, str]) -> Any:
-        """A branch's rule (Take, Hint and their like) as it is at step i, of branches by their names in `read`.
 
-        None where it does nothing.
-        """
-        facts = {}
-        for field in fields(rule):
-            value = getattr(rule, field.name)
-            if field.name == "steps":
-                value = Span() if i in value else ()
-            elif field.name == "layers":
-                value = frozenset(d for d in range(self.layers) if d in value)
-            elif field.name == "halves":
-                value = tuple(half for half in HALVES if half in value)
-            elif isinstance(value, str):
-                value = read.get(value, value)
-            if value in ((), frozenset()):
-                return None
-            facts[field.name] = value
-        return type(rule)(**facts)
+class At:
+    """Step `i` of a course whose latents have these names: its branches and rules, by the names in common."""
+
+    def __init__(self, common: Common, course: Course, latents: Mapping[str, str], i: int) -> None:
+        self.common, self.course, self.latents, self.i = common, course, latents, i
+        self.branches, self.moves = course.plan.at(i), course.plan.moves(i)
+        self.used = {name for _, rule in self.moves.values() for name in named(rule)}
+
+    def made(self) -> dict[str, Move]:
+        """What the step makes of the course's latents, by its own name of each."""
+        return {name: (self.latents[before], self.rule(rule)) for name, (before, rule) in self.moves.items()}
+
+    def rule(self, rule: Rule) -> Rule:
+        """What denoises a latent."""
+        if isinstance(rule, str):
+            return self.branch(rule)
+        region = self.course.given.region(rule.region)
+        if self.i not in rule.steps or region is None:
+            return self.branch(rule.inside)
+        A = self.common.tensor("region", "A", region)
+        return Masked(self.branch(rule.inside), self.branch(rule.outside), region=A)
+
+    def branch(self, name: str, path: tuple[str, ...] = ()) -> str:
+        """The name of a branch, which is read along the path, if any. Raises InputError if it is on that path."""
+        if name in path:
+            raise InputError(f"branches {', '.join(path)} read one another: such a plan shares no rows; run it apart")
+        branch = self.branches[name]
+        facts: dict[str, Any] = {field.name: getattr(branch, field.name) for field in fields(branch)}
+        for field in fields(branch):
+            if is_dataclass(value := facts[field.name]):
+                facts[field.name] = self._in_force(value, (*path, name)) or field.default
+        if self.course.given.hint is None:
+            facts["hint"] = None
+        facts |= {half: self._prompt(facts[half]) for half in ("prompt", "null")}
+        facts |= {"x": self.latents[branch.x], "w": guidance(branch, self.course.w) if name in self.used else 1.0}
+        known = Branch(**facts)
+        common = self.common.name(name, known)
+        self.common.branches[common] = known
+        return common
+
+    def _prompt(self, name: str) -> str:
+        """The name of a prompt's embedding."""
+        given = self.course.given
+        if name == "tuned" and given.null is not None:
+            return self.common.tensor("prompt", "text", given.null)
+        return self.common.tensor("prompt", "text", given.prompts["empty" if name == "tuned" else name])
+
+    def _in_force(self, rule: Any, path: tuple[str, ...]) -> Any:
+        """The last branch's rule (Take, Hint and their like) as it is at this step; None where it does nothing."""
+        facts = {field.name: getattr(rule, field.name) for field in fields(rule)}
+        facts["halves"] = tuple(half for half in HALVES if half in facts.get("halves", HALVES))
+        if "layers" in facts:
+            facts["layers"] = frozenset(d for d in range(self.common.layers) if d in facts["layers"])
+        if self.i not in facts.get("steps", Span()) or not facts["halves"] or not facts.get("layers", True):
+            return None
+        read = {other: self.branch(other, path) for other in getattr(rule, "read", ())}
+        facts |= {key: read[value] for key, value in facts.items() if isinstance(value, str) and value in read}
+        return replace(rule, **{key: value for key, value in facts.items() if hasattr(rule, key)} | {"steps": Span()})
 
 
 def _written(common: Common, made: Sequence[Mapping[str, Move]], ends: Sequence[Mapping[str, str]]) -> Shared:
@@ -169,7 +174,7 @@ def _written(common: Common, made: Sequence[Mapping[str, Move]], ends: Sequence[
         Script([branches for branches, _ in script], [moves for _, moves in script]),
         {places.get(name, name): x for name, x in tensors["x"].items() if name in needed},
         Given(tensors["prompt"], hint=common.hint, regions=tensors["region"]),
-        {name: states for name, states in tensors["replay"].items()},
+        dict(tensors["replay"]),
     )
     rows = tuple(len(calls(branches, i)[0]) for i, (branches, _) in enumerate(script))
     return Shared(course, tuple({name: last.get(end, end) for name, end in its.items()} for its in ends), rows)

@@ -35,7 +35,7 @@ class MaSaFusion:
     edit_steps: tuple[int, int] = (0, 1000)
     """Steps [a, b) of that reading."""
     fusion_steps: tuple[int, int] = (0, 1000)
-    """Steps [a, b) of (9) and (10) as a whole, as in Figure 12: in the others the prediction under C^T goes everywhere."""
+    """Steps [a, b) of (9) and (10) as a whole, as in Figure 12; in the others the plain prediction under C^T."""
     fusion_of: Literal["target", "both"] = "target"
     """Whether that window is of the target alone, (10), or of the intermediate image too, (9)."""
     qk_from: Literal["edit", "preserve"] = "edit"

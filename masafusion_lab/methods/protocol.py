@@ -40,7 +40,7 @@ class Method(Protocol):
 
 @runtime_checkable
 class Shareable(Protocol):
-    """A method whose call is nothing but one `lockstep`, which it also gives as data, so that a sweep may share rows."""
+    """A method whose call is one `lockstep` and no more, which it also gives as data: a sweep can share its rows."""
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """What its call gives `lockstep`."""
