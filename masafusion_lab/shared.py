@@ -11,12 +11,20 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import HALVES, Branch, Given, Masked, Script, Span
+from masafusion_lab.fusion import HALVES, Branch, Given, Hint, Masked, Plan, Script, Span, Take
 from masafusion_lab.lockstep import Course, calls, guidance
 
 Rule: TypeAlias = str | Masked
 Move: TypeAlias = tuple[str, Rule]
 """The latent that another is made from, and what denoises it."""
+KNOWN: dict[type, str] = {
+    Plan: "branches noise",
+    Branch: "x prompt hint null take w",
+    Masked: "inside outside steps region",
+    Take: "q k v steps layers halves",
+    Hint: "steps halves scale",
+}
+"""What is understood here of plans and their parts; a plan that says more than this is run apart from others."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,21 @@ def share(courses: Sequence[Course], *, steps: int, layers: int, wanted: Iterabl
                 its[name] = common.name(name, move)
                 made[i][its[name]] = move
     return _written(common, made, [{name: its[name] for name in wanted if name in its} for its in latents])
+
+
+def is_shareable(course: Course) -> bool:
+    """Whether all that the course's plan says is in KNOWN."""
+
+    def understood(part: Any) -> bool:
+        strange = [field for field in fields(part) if field.name not in KNOWN.get(type(part), "").split()]
+        return type(part) in KNOWN and all(getattr(part, field.name) == field.default for field in strange)
+
+    plan = course.plan
+    if not isinstance(plan, Plan):
+        return False
+    rules = (rule for branch in plan.branches.values() for rule in vars(branch).values() if is_dataclass(rule))
+    noise = (rule for rule in plan.noise.values() if not isinstance(rule, str))
+    return all(map(understood, (plan, *plan.branches.values(), *rules, *noise)))
 
 
 class Common:
@@ -124,10 +147,8 @@ class At:
         branch = self.branches[name]
         facts: dict[str, Any] = {field.name: getattr(branch, field.name) for field in fields(branch)}
         for field in fields(branch):
-            if is_dataclass(value := facts[field.name]):
+            if isinstance(value := facts[field.name], Take | Hint):
                 facts[field.name] = self._in_force(value, (*path, name)) or field.default
-        if self.course.given.hint is None:
-            facts["hint"] = None
         facts |= {half: self._prompt(facts[half]) for half in ("prompt", "null")}
         facts |= {"x": self.latents[branch.x], "w": guidance(branch, self.course.w) if name in self.used else 1.0}
         known = Branch(**facts)
@@ -142,17 +163,18 @@ class At:
             return self.common.tensor("prompt", "text", given.null)
         return self.common.tensor("prompt", "text", given.prompts["empty" if name == "tuned" else name])
 
-    def _in_force(self, rule: Any, path: tuple[str, ...]) -> Any:
-        """The last branch's rule (Take, Hint and their like) as it is at this step; None where it does nothing."""
-        facts = {field.name: getattr(rule, field.name) for field in fields(rule)}
-        facts["halves"] = tuple(half for half in HALVES if half in facts.get("halves", HALVES))
-        if "layers" in facts:
-            facts["layers"] = frozenset(d for d in range(self.common.layers) if d in facts["layers"])
-        if self.i not in facts.get("steps", Span()) or not facts["halves"] or not facts.get("layers", True):
+    def _in_force(self, rule: Take | Hint, path: tuple[str, ...]) -> Take | Hint | None:
+        """A rule of the path's last branch as it is at this step; None where it does nothing."""
+        halves = tuple(half for half in HALVES if half in rule.halves)
+        if self.i not in rule.steps or not halves:
             return None
-        read = {other: self.branch(other, path) for other in getattr(rule, "read", ())}
-        facts |= {key: read[value] for key, value in facts.items() if isinstance(value, str) and value in read}
-        return replace(rule, **{key: value for key, value in facts.items() if hasattr(rule, key)} | {"steps": Span()})
+        if isinstance(rule, Hint):
+            return replace(rule, steps=Span(), halves=halves) if rule.scale and self.course.given.hint else None
+        layers = frozenset(d for d in range(self.common.layers) if d in rule.layers)
+        if not layers or not rule.read:
+            return None
+        read = {part: None if (b := getattr(rule, part)) is None else self.branch(b, path) for part in "qkv"}
+        return replace(rule, steps=Span(), layers=layers, halves=halves, **read)
 
 
 def _written(common: Common, made: Sequence[Mapping[str, Move]], ends: Sequence[Mapping[str, str]]) -> Shared:

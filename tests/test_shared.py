@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Given, Plan, Take
+from masafusion_lab.fusion import Branch, Given, Hint, Plan, Take
 from masafusion_lab.lockstep import Course, calls
 from masafusion_lab.methods import MaSaFusion, Plain
-from masafusion_lab.shared import share
+from masafusion_lab.shared import KNOWN, is_shareable, share
 
 WINDOWS = list(combinations(range(0, 51, 5), 2))
 
@@ -133,6 +133,15 @@ def test_rows_are_split_with_what_they_read():
     assert all(len(part) <= 3 and {("S", half) for _, half in part} <= {*part} for part in parts)
     assert {row for part in parts for row in part} == {*calls(read, 0)[0]}
     assert [len(part) for part in calls(read, 0, most=1)] == [2] * 8
+
+
+def test_a_plan_that_says_what_is_not_understood_runs_apart(monkeypatch):
+    (course,) = courses([MaSaFusion()], 2)
+    assert is_shareable(course)
+    monkeypatch.setitem(KNOWN, Hint, "steps halves")
+    assert is_shareable(course)  # its scale is the default
+    (scaled,) = courses([MaSaFusion(hint_scale=0.5)], 2)
+    assert not is_shareable(scaled)
 
 
 def test_what_cannot_be_shared_is_said():
