@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -63,8 +63,10 @@ def is_shareable(course: Course) -> bool:
     """Whether all that the course's plan says is in KNOWN."""
 
     def understood(part: Any) -> bool:
-        strange = [field for field in fields(part) if field.name not in KNOWN.get(type(part), "").split()]
-        return type(part) in KNOWN and all(getattr(part, field.name) == field.default for field in strange)
+        known = KNOWN.get(type(part), "").split()
+        strange = [field for field in fields(part) if field.name not in known]
+        usual = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in strange}
+        return bool(known) and all(getattr(part, name) == value for name, value in usual.items())
 
     plan = course.plan
     if not isinstance(plan, Plan):

@@ -9,7 +9,7 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion attention words hub",
+    "schedule fusion attention words hub axes",
     "lockstep shared model loading",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
