@@ -106,6 +106,20 @@ def window(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+def coordinates(values: Mapping[str, str]) -> dict[str, float | str]:
+    """Where a point lies: its values as numbers where they are; a window as the two, KEY.start and KEY.stop."""
+    found: dict[str, float | str] = {}
+    for key, text in values.items():
+        if ends := window(text):
+            found |= {f"{key}.start": ends[0], f"{key}.stop": ends[1]}
+        else:
+            try:
+                found[key] = float(text)
+            except ValueError:
+                found[key] = text
+    return found
+
+
 def _axis(key: str, text: str) -> Axis:
     """The axis that is written so. Raises ValueError."""
     if not key.startswith(("method.", "inversion.")) and key not in VARIED:

@@ -126,13 +126,10 @@ class Editor(LightningModule):
     def edit(self, batch: Sequence[Item]) -> list[Edited]:
         """Edit a batch of items of one size."""
         model, clock = self.model, Clock(self.model.device)
-        record = Inversion.stack([item.record for item in batch])
-        states = record.states.to(model.device)
-        null = None if record.null is None else record.null.to(model.device)
-        given = self.given(batch, null)
-        x = torch.stack([noise_for(self.seed, item.id, states.shape[2:]) for item in batch]).to(model.device)
+        given, record, x = self.ready(batch)
+        states = record.states
         clock.lap("prepare")
-        steps = self.method(model, given, Inversion(states, null), x, schedule=self.schedule, taps=self.taps)
+        steps = self.method(model, given, record, x, schedule=self.schedule, taps=self.taps)
         what = f"editing {batch[0].id}" if len(batch) == 1 else f"editing {len(batch)} pictures"
         for _ in self.track(range(len(self.schedule)), what):
             state = next(steps)
@@ -162,6 +159,14 @@ class Editor(LightningModule):
             )
             for item, of in zip(batch, of_each, strict=True)
         ]
+
+    def ready(self, batch: Sequence[Item]) -> tuple[Given, Inversion, Tensor]:
+        """What the method is called with for a batch, on the device: what is given, the record, and noise."""
+        device, record = self.model.device, Inversion.stack([item.record for item in batch])
+        null = None if record.null is None else record.null.to(device)
+        states = record.states.to(device)
+        x = torch.stack([noise_for(self.seed, item.id, states.shape[2:]) for item in batch]).to(device)
+        return self.given(batch, null), Inversion(states, null), x
 
     def given(self, batch: Sequence[Item], null: Tensor | None) -> Given:
         """Prompts, mask, hint and null embeddings of a batch; the features of several kinds of hint are added."""
