@@ -14,9 +14,9 @@ from masafusion_lab import InputError, config
 from masafusion_lab.callbacks import peak_memory_gb
 from masafusion_lab.data.case import Case
 from masafusion_lab.editor import Clock, out_of_memory
+from masafusion_lab.runner import Runner, Work, heeded
 from masafusion_lab.runs import read_json, write_json
 from masafusion_lab.survey import Point, Survey
-from masafusion_lab.sweep import Runner, Work, heeded
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,22 @@ class Forecast:
     seconds: float
     proofs: tuple[Proof, ...]
 
+    @property
+    def said(self) -> str:
+        """What a person is told before it runs."""
+        times = f"{self.alone / self.shared:.1f} times fewer" if self.shared else "none"
+        return (
+            f"{self.points} points on {self.cases} case{'s' * (self.cases > 1)}; UNet rows a case: {self.alone:,} one "
+            f"by one, {self.shared:,} shared ({times}), {self.rows} at once; about {duration(self.seconds)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
 
 def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
     """Prove the axes alive, count rows on the first case, and measure speed; kept in plan.json, and found there again.
@@ -67,18 +83,11 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
     if not alone:
         raise InputError(f"no point can be run on case {case.id!r}; see error.json in {survey.folder / 'cases'}")
-    runner.rows, a_row = speed(runner, None if rows == "auto" else whole(rows))
+    runner.rows, a_row = speed(runner, None if rows == "auto" else int(rows))
     seconds = shared * a_row * len(survey.cases)
     found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
     write_json(path, {**asdict(found), "made_of": made_of})
     return found
-
-
-def whole(rows: str) -> int:
-    """The number of rows that a text says. Raises InputError."""
-    if not rows.isascii() or not rows.isdecimal() or int(rows) < 1:
-        raise InputError(f"sweep.rows={rows}: must be auto, or a whole number from 1")
-    return int(rows)
 
 
 def count(runner: Runner, works: Sequence[Work]) -> int:

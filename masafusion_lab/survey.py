@@ -17,6 +17,7 @@ from typing import Any
 
 from masafusion_lab import InputError, axes, config
 from masafusion_lab.data.case import Case
+from masafusion_lab.landscape import objective
 from masafusion_lab.runs import case_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,11 @@ class Survey:
 
 
 def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> Survey:
-    """The survey of an experiment. Raises InputError with what is wrong with its axes and points."""
+    """The survey of an experiment. Raises InputError with what is wrong with its axes, points and settings."""
+    how = experiment.sweep
+    if how.rows != "auto" and not (how.rows.isascii() and how.rows.isdecimal() and int(how.rows)):
+        raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
+    objective(how.objective, [])
     spanned = axes.points(axes.read(experiment.axes), experiment.sweep, experiment.seed)
     base = replace(experiment, axes={}, sweep=axes.Sweep())
     found, problems = [], dict[str, None]()

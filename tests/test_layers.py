@@ -14,7 +14,8 @@ LAYERS = [
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking",
-    "config configfile keys request manual lab phases cli progress doctor sync survey sweep forecast landscape",
+    "config configfile keys request manual lab phases cli progress doctor sync "
+    "survey runner sweep forecast landscape plots surveypage",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub"}
