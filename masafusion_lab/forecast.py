@@ -64,7 +64,7 @@ def duration(seconds: float) -> str:
 def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
     """Prove the axes alive, count rows on the first case, and measure speed; kept in plan.json, and found there again.
 
-    Sets the runner's rows. Raises InputError for an axis that changes nothing, or if no point can be run.
+    Sets the runner's rows. Raises InputError for a point that cannot be run, and for an axis that changes nothing.
     """
     path, made_of = survey.folder / "plan.json", [*(point.name for point in survey.points), rows]
     if (kept := read_json(path)).get("made_of") == made_of:
@@ -72,17 +72,18 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         proofs = tuple(Proof(**{**proof, "values": tuple(proof["values"])}) for proof in kept["proofs"])
         return Forecast(**{**{key: value for key, value in kept.items() if key != "made_of"}, "proofs": proofs})
     case = survey.cases[0]
-    proofs = tuple(alive(survey, runner, case))
     alone = shared = 0
     for chunk in survey.chunks():
         works = runner.ready(runner.works(case, chunk))
+        if runner.lost:
+            said = [f"{name}: {error}" for name, error in runner.lost[:8]]
+            raise InputError("\n  ".join([f"{len(runner.lost)} points cannot be run on case {case.id!r}:", *said]))
         together = [work for work in works if work.course is not None]
         each = [count(runner, [work]) for work in works]
         alone += sum(each)
         shared += count(runner, together) if together else 0
         shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
-    if not alone:
-        raise InputError(f"no point can be run on case {case.id!r}; see error.json in {survey.folder / 'cases'}")
+    proofs = tuple(alive(survey, runner, case))
     runner.rows, a_row = speed(runner, None if rows == "auto" else int(rows))
     seconds = shared * a_row * len(survey.cases)
     found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
@@ -107,7 +108,7 @@ def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:
         for value in tried:
             words = [f"{key}={text}" for key, text in {**base.values, axis: value}.items()]
             other = Point({**base.values, axis: value}, config.load(words=words, base=base.experiment))
-            works = runner.ready(runner.works(case, [base, other]))
+            works = runner.ready(runner.works(case, [base, other]))  # which may fail, if no point is between the two
             if len(works) == 2 and (found := _parting(*works)):
                 log.info("axes.%s changes the picture: at state %d by up to %.3g", axis, *found)
                 yield Proof(axis, (base.values[axis], value), case.id, *found)

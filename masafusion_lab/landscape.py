@@ -74,7 +74,8 @@ def objective(text: str, records: Sequence[Record]) -> list[str]:
     """The measures that "kept" or "kept,hit" names; of "" those that trade off. Raises InputError for others."""
     there = known(records)
     names = [name.strip() for name in text.split(",") if name.strip()]
-    names = names or ["kept", "hit" if "hit" in there else "changed"]
+    all_hit = bool(records) and all("hit" in record or record["error"] for record in records)
+    names = names or ["kept", "hit" if all_hit else "changed"]
     for name in names:
         if name not in MEASURES or (there and name not in there):
             said = ", ".join(there or MEASURES)

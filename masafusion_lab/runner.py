@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,10 +35,11 @@ from masafusion_lab.runs import (
     is_done,
     read_json,
     replacing,
+    write_json,
     write_picture,
 )
 from masafusion_lab.shared import Shared, is_shareable, share
-from masafusion_lab.survey import Point, Survey, failed
+from masafusion_lab.survey import Point, Survey
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,8 @@ class Runner:
     def __init__(self, survey: Survey, lab: Lab, *, rows: int | None = None, track: Track = silent) -> None:
         self.survey, self.lab, self.rows, self.track = survey, lab, rows, track
         self.layers = sum(not site.cross for site in lab.model.sites)
+        self.lost: list[tuple[str, Exception]] = []
+        """Points that failed, and why."""
 
     def run(self, case: Case, points: Sequence[Point]) -> None:
         """Run the points of a chunk on a case, but those that are settled. One that fails stops no other.
@@ -104,7 +108,7 @@ class Runner:
                     lab = build(point.experiment, model=self.lab.model)
                     found.append(Work(point, lab, phases.job(lab, case, folder)))
                 except InputError as error:
-                    failed(folder, "", error)
+                    self.fail(point, folder, "", error)
         return found
 
     def ready(self, works: Sequence[Work]) -> list[Work]:
@@ -127,7 +131,7 @@ class Runner:
                     work.course = course if is_shareable(course) else None
                 found.append(work)
             except (InputError, ArithmeticError) as error:
-                failed(job.folder, job.key, error)
+                self.fail(work.point, job.folder, job.key, error)
         return found
 
     def targets(self, works: Sequence[Work], progress: Path) -> list[tuple[Work, Tensor | Exception]]:
@@ -181,6 +185,13 @@ class Runner:
         keys = "".join(work.job.key for work in works)
         return works[0].job.folder.parent / f"{hashlib.sha256(keys.encode()).hexdigest()[:16]}.safetensors"
 
+    def fail(self, point: Point, folder: Path, key: str, error: Exception) -> None:
+        """Put it on record that a point failed on a case, and why."""
+        log.warning("%s: %s", point.name, error)
+        told = "".join(traceback.format_exception(error))
+        write_json(folder / "error.json", {"key": key, "error": f"{type(error).__name__}: {error}", "traceback": told})
+        self.lost.append((point.name, error))
+
     def write(self, work: Work, target: Tensor | Exception) -> None:
         """Write the result of a point, or on record why there is none."""
         lab, job = work.lab, work.job
@@ -191,7 +202,7 @@ class Runner:
             with hushed():
                 taken = measures(edited, job.case, lab)
         except (ArithmeticError, RuntimeError) as error:
-            failed(job.folder, job.key, error)
+            self.fail(work.point, job.folder, job.key, error)
             return
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)

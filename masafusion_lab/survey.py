@@ -8,8 +8,6 @@ FOLDER/results.parquet, *.png, report.html   made anew from them at the end
 from __future__ import annotations
 
 import itertools
-import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,7 @@ from typing import Any
 from masafusion_lab import InputError, axes, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.landscape import objective
-from masafusion_lab.runs import case_folder, read_json, write_json
-
-log = logging.getLogger(__name__)
+from masafusion_lab.runs import case_folder, read_json
 
 TOGETHER = 128
 """Points that share their rows at most: their latents are in memory together, and are lost together."""
@@ -95,13 +91,6 @@ def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> 
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise InputError("\n  ".join([*list(problems)[:8], *more]))
     return Survey(folder, found, cases)
-
-
-def failed(folder: Path, key: str, error: Exception) -> None:
-    """Put it on record that a point failed on a case, and why."""
-    log.warning("%s: %s", folder.name, error)
-    told = "".join(traceback.format_exception(error))
-    write_json(folder / "error.json", {"key": key, "error": f"{type(error).__name__}: {error}", "traceback": told})
 
 
 def forgive(survey: Survey) -> None:

@@ -25,7 +25,7 @@ def sweep(
     loggers: Sequence[Any] = (),
     told: Callable[[Forecast], None] = lambda forecast: None,
 ) -> Findings:
-    """Run the points of `experiment.axes` on the cases, but those that are done in the folder, and publish what is found.
+    """Run the points of `experiment.axes` on the cases, but those that are done in the folder; publish what is found.
 
     `told` hears what is planned before it runs; `lab`: that of the experiment, where it is built already. Raises
     InputError for axes and points that cannot be, and for an axis that changes nothing.
