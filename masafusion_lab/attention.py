@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masafusion_lab.fusion import Branch, Given, Words
+from masafusion_lab.fusion import Branch, Words
+from masafusion_lab.given import Given
 from masafusion_lab.sites import Site, found
 
 CHUNK = 2**21

@@ -1,4 +1,4 @@
-"""The command line: masafusion edit | attend | invert | doctor | sync | cache. What people read is written here."""
+"""The command line: masafusion edit | attend | invert | sweep | doctor | sync | cache. All that people read is here."""
 
 from __future__ import annotations
 
@@ -130,6 +130,28 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
         for case, _, found in phases.invert(lab, cases, loggers=loggers):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
+
+
+@app.command(cls=WithKeys)
+def sweep(words: Words = None, files: Files = None, print_config: Printed = False) -> None:
+    """Make an edit at many points (axes.KEY=VALUES), computing once what they have in common; say which is best."""
+    experiment = read(words or (), files or ())
+    if print_config:
+        typer.echo(config.to_yaml(experiment), nl=False)
+        return
+    from masafusion_lab import phases, survey, tracking
+    from masafusion_lab.sweep import sweep as run
+
+    cases = cases_of(experiment)
+    survey.read(experiment, cases, Path())
+    lab = phases.build(experiment, track=bar)
+    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+        found = run(experiment, cases, folder, lab=lab, track=bar, loggers=loggers, told=lambda f: typer.echo(f.said))
+    typer.echo(f"recommended: {found.best.point if found.best else 'none'}")
+    typer.echo(folder / "report.html")
+    if found.failures:
+        log.warning("%s", found.lost)
+        raise typer.Exit(1)
 
 
 @app.command()

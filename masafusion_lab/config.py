@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from masafusion_lab import InputError, keys
+from masafusion_lab.axes import Sweep
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
 
 
@@ -109,8 +110,12 @@ class Experiment:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any key of Lightning's Trainer, such as trainer.precision=16-mixed."""
     tracking: Tracking = field(default_factory=Tracking)
+    axes: dict[str, str] = field(default_factory=dict)
+    """What a sweep varies: axes.seed=1,2,3, axes.KEY=[0,9],[9,50], range(1,9,2), windows(0,50,5), uniform(1,9) ..."""
+    sweep: Sweep = field(default_factory=Sweep)
 
 
+TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep}  # whose keys are always the same
 PROMPTS = ("source", "target", "instruction")
 FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")
 """Keys that may name a file which changes what comes out."""
@@ -122,22 +127,25 @@ def load(
     files: Iterable[str | Path] = (),
     words: Iterable[str] = (),
     *,
+    base: Experiment | None = None,
     needs: Callable[[Experiment], Iterable[str]] = lambda experiment: (),
 ) -> Experiment:
-    """The experiment of defaults < YAML files < key=value words, of which later ones win.
+    """The experiment of defaults, or `base`, < YAML files < key=value words, of which later ones win.
 
     Who names another inversion or method than before drops the settings of the former. `needs` says what is wrong with
     an experiment for the task at hand. Raises InputError with all that is wrong, a line each.
     """
     problems: list[str] = []
     given: dict[str, tuple[str, Text]] = {}
+    tree = _filled(base or Experiment())
     for more in (*map(read_yaml, files), read_words(words, problems)):
         for table in keys.CHOSEN:
             name = f"{table}.name"
-            if name in more and more[name][1] != given.get(name, ("", keys.name_key(table).default))[1]:
+            if name in more and more[name][1] != given.get(name, ("", tree[table]["name"]))[1]:
                 given = {key: value for key, value in given.items() if not key.startswith(f"{table}.")}
         given |= more
-    names = {table: given.get(f"{table}.name", ("", keys.name_key(table).default))[1] for table in keys.CHOSEN}
+    names = {table: given.get(f"{table}.name", ("", tree[table]["name"]))[1] for table in keys.CHOSEN}
+    tree |= {table: {} for table, name in names.items() if name != tree[table]["name"]}
     chosen = {table: str(name) if name in keys.classes(table) else None for table, name in names.items()}
     known = keys.known(chosen)
     values = {}
@@ -146,7 +154,7 @@ def load(
             values[name] = _value(name, text, known)
         except ValueError as error:
             problems.append(f"{where}{error}")
-    experiment = _assemble(values)
+    experiment = _made(_placed(tree, values))
     problems += [*_impossible(experiment), *needs(experiment)]
     if problems:
         lines = [f"{len(problems)} problems:", *problems]
@@ -202,17 +210,20 @@ def _filled(experiment: Experiment) -> dict[str, Any]:
     return values
 
 
-def _assemble(values: Mapping[str, Any]) -> Experiment:
-    tree: dict[str, Any] = {}
+def _placed(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with these values at their places."""
     for name, value in values.items():
-        *path, last = name.split(".")
+        *path, last = name.split(".", 1) if name.startswith("axes.") else name.split(".")
         place = tree
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    tree = {"model": {}, "tracking": {}, **tree}
-    experiment = Experiment(**{**tree, "model": Model(**tree["model"]), "tracking": Tracking(**tree["tracking"])})
-    filled = _filled(experiment)
+    return tree
+
+
+def _made(tree: Mapping[str, Any]) -> Experiment:
+    tables = {name: cls(**tree.get(name, {})) for name, cls in TABLES.items()}
+    filled = _filled(experiment := Experiment(**{**tree, **tables}))
     return replace(experiment, **{table: filled[table] for table in keys.CHOSEN})
 
 
@@ -222,6 +233,7 @@ def _value(name: str, text: Text, known: Mapping[str, keys.Key]) -> Any:
     if key is None:
         raise ValueError(f"{name}: {_unknown(name, known)}")
     shown = f"{name}={short(text)}"
+    text = ", ".join(text) if isinstance(text, list) and name.startswith("axes.") else text
     for each in [text] if isinstance(text, str) else text:
         if "\0" in each:
             raise ValueError(f"{shown}: holds a null byte; remove it")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Given
+from masafusion_lab.fusion import Branch
+from masafusion_lab.given import Given
 from masafusion_lab.lockstep import fresh, predict
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule

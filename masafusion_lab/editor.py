@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from masafusion_lab import InputError, interrupt
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Given
+from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lockstep import NotFinite
 from masafusion_lab.methods import Method, needs
@@ -137,18 +137,10 @@ class Editor(LightningModule):
     def edit(self, batch: Sequence[Item]) -> list[Edited]:
         """Edit a batch of items of one size."""
         model, clock = self.model, Clock(self.model.device)
-        record = Inversion.stack([item.record for item in batch])
-        states = record.states.to(model.device)
-        null = None if record.null is None else record.null.to(model.device)
-        pixels = torch.stack([item.pixels for item in batch]).to(model.device)
-
-        def noise(purpose: str) -> Tensor:
-            of_each = [noise_for(self.seed, item.id, states.shape[2:], purpose) for item in batch]
-            return torch.stack(of_each).to(model.device)
-
-        given, x = replace(self.given(batch, null), pixels=pixels, noise=noise), noise("x")
+        given, record, x = self.ready(batch)
+        states, pixels = record.states, given.pixels
         clock.lap("prepare")
-        steps = self.method(model, given, Inversion(states, null), x, schedule=self.schedule, taps=self.watch(batch))
+        steps = self.method(model, given, record, x, schedule=self.schedule, taps=self.watch(batch))
         what = f"editing {batch[0].id}" if len(batch) == 1 else f"editing {len(batch)} pictures"
         for state, _ in zip(steps, self.track(range(len(self.schedule)), what), strict=False):  # noqa: B007
             interrupt.check()
@@ -180,6 +172,19 @@ class Editor(LightningModule):
             )
             for item, of in zip(batch, of_each, strict=True)
         ]
+
+    def ready(self, batch: Sequence[Item]) -> tuple[Given, Inversion, Tensor]:
+        """What the method is called with for a batch, on the device: what is given, the record, and noise."""
+        device, record = self.model.device, Inversion.stack([item.record for item in batch])
+        null = None if record.null is None else record.null.to(device)
+        states, pixels = record.states.to(device), torch.stack([item.pixels for item in batch]).to(device)
+
+        def noise(purpose: str) -> Tensor:
+            of_each = [noise_for(self.seed, item.id, states.shape[2:], purpose) for item in batch]
+            return torch.stack(of_each).to(device)
+
+        given = replace(self.given(batch, null), pixels=pixels, noise=noise)
+        return given, Inversion(states, null), noise("x")
 
     def given(self, batch: Sequence[Item], null: Tensor | None) -> Given:
         """Prompts, mask, hint and null embeddings of a batch; the features of several kinds of hint are added."""

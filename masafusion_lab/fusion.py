@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
-
-from torch import Tensor
 
 from masafusion_lab import InputError
 
 HALVES = ("null", "text")
 """The two halves of classifier-free guidance, (3)."""
+Row: TypeAlias = tuple[str, str]
+"""A branch, and a half of guidance."""
 
 NO_REGION = "this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1"
 FOLLOWED = {
@@ -104,7 +104,7 @@ class Hint:
 
 @dataclass(frozen=True)
 class Branch:
-    """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null`.
+    """One noise prediction: on latent `x`, under prompt `prompt`, guided away from null prompt `null` by `w` of (3).
 
     `null` names a prompt of `Given` or is "tuned": the record's optimised embedding of the step, where there is one.
     `w`: its guidance, if not the loop's. `feature`: the branch whose residual features it takes, as V, of the blocks
@@ -127,6 +127,11 @@ class Branch:
         rules = {"self-attention": self.take, "cross-attention": self.words, "residual": self.feature}
         return {kind: rule for kind, rule in rules.items() if rule is not None and rule.read}
 
+    @property
+    def read(self) -> set[str]:
+        """The branches that its rules read."""
+        return {name for rule in self.rules.values() for name in rule.read}
+
     def guidance(self, w: float) -> float:
         """Its w of (3) in a loop of guidance w."""
         return w if self.w is None else self.w
@@ -140,13 +145,15 @@ class Branch:
 class Masked:
     """eps of branch `inside` where A = 1 and of branch `outside` where A = 0; `inside` everywhere in other steps.
 
-    `optional`: without a region `inside` everywhere; else that is an error.
+    `optional`: without a region `inside` everywhere; else that is an error. `region`: which of `Given.regions` is A;
+    None: its mask.
     """
 
     inside: str
     outside: str
     steps: Container[int] = Span()
     optional: bool = False
+    region: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,27 @@ class Sde:
     steps: Container[int] = Span()
 
 
+def needs(branches: Mapping[str, Branch], used: Iterable[str], i: int, w: float) -> dict[Row, frozenset[Row]]:
+    """Of each row of the used branches at step i of a loop of guidance w, it and all that it reads, directly or not."""
+
+    def closure(row: Row, known: frozenset[Row] = frozenset()) -> frozenset[Row]:
+        (name, half), known = row, known | {row}
+        for rule in branches[name].rules.values():
+            for other in rule.read if i in rule.steps and half in rule.halves else ():
+                if (read := (other, "text" if rule.from_text else half)) not in known:
+                    known = closure(read, known)
+        return known
+
+    wanted = {(name, half) for name in used for half in branches[name].halves(w)}
+    return {row: closure(row) for row in ordered(wanted, branches)}
+
+
+def ordered(rows: Container[Row], branches: Iterable[str]) -> tuple[Row, ...]:
+    """Rows in the order in which they are computed: the null halves, then the text halves, by branch."""
+    branches = tuple(branches)
+    return tuple((name, half) for half in HALVES for name in branches if (name, half) in rows)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A method: its branches, and for each latent that is denoised the rule that denoises it.
@@ -191,16 +219,9 @@ class Plan:
             yield from denoisers(rule, i)
         yield from (sde.like for sde in self.sde.values() if sde.like is not None and i in sde.steps)
 
-    def rows(self, i: int, w: float = 0.0) -> tuple[tuple[str, str], ...]:
-        """The (branch, half) that step i of a loop of guidance w needs, in order: those used, and those they read."""
-        need: set[tuple[str, str]] = set()
-        for name in set(self.used(i)):
-            branch = self.branches[name]
-            need |= {(name, half) for half in branch.halves(w)}
-            for rule in branch.rules.values():
-                on = [half for half in branch.halves(w) if half in rule.halves] if i in rule.steps else []
-                need |= {(read, "text" if rule.from_text else half) for read in rule.read for half in on}
-        return tuple((name, half) for half in HALVES for name in self.branches if (name, half) in need)
+    def rows(self, i: int, w: float = 0.0) -> tuple[Row, ...]:
+        """The rows that step i of a loop of guidance w needs, in order: those used, and those that these read."""
+        return ordered(frozenset[Row]().union(*needs(self.branches, self.used(i), i, w).values()), self.branches)
 
     def at(self, i: int) -> dict[str, Branch]:
         """Only the branches that step i needs, in the plan's order."""
@@ -211,6 +232,10 @@ class Plan:
         """The plan for a batch without a region: `inside` alone where the region is optional."""
         inside = {x: r.inside for x, r in self.noise.items() if isinstance(r, Masked) and r.optional}
         return replace(self, noise={**self.noise, **inside}) if inside else self
+
+    def moves(self, i: int) -> dict[str, tuple[str, Noise]]:
+        """The latents that step i makes: name -> name of the one it is made from, and what denoises it."""
+        return {name: (name, rule) for name, rule in self.noise.items()}
 
     def check(
         self, *, steps: int, layers: int, latents: Container[str], prompts: Container[str], masked: bool, hinted: bool
@@ -256,39 +281,29 @@ def denoisers(rule: Noise, i: int | None = None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Follow:
-    """How a branch's attention to words follows another's: P_other theirs[i] + P_own diag(own[i]) at step i.
+class Script:
+    """A plan written out: of each step its branches, and the latents that it makes, as `Plan.at` and `Plan.moves`."""
 
-    `theirs` (T, B, n, n), from the other prompt's tokens to the own one's; `own` (T, B, n).
-    """
+    branches: Sequence[Mapping[str, Branch]]
+    made: Sequence[Mapping[str, tuple[str, Noise]]]
+    sde: Mapping[str, Sde] = field(default_factory=dict)
 
-    theirs: Tensor
-    own: Tensor
+    def at(self, i: int) -> Mapping[str, Branch]:
+        """The branches of step i."""
+        return self.branches[i]
 
+    def moves(self, i: int) -> Mapping[str, tuple[str, Noise]]:
+        """The latents that step i makes."""
+        return self.made[i]
 
-@dataclass(frozen=True)
-class Given:
-    """What a batch of B cases gives a method.
+    def used(self, i: int) -> Iterator[str]:
+        """The branches whose eps step i uses."""
+        for _, rule in self.made[i].values():
+            yield from denoisers(rule, i)
 
-    `prompts`: name -> (B, n, d), with "source", "target" and "empty", and "instruction" for methods that follow one;
-    `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `hint`: the adapter's features, one (B, c, h, w) a level;
-    `null`: (T, B, n, d), the record's embeddings; `texts`: "source" and "target" as they were typed, B each; `words`:
-    what `Branch.words` follows by; `pixels`: the pictures (B, 3, H, W) in [0, 1]; `noise`: purpose -> Gaussian noise
-    (B, C, h, w), each case's own; `extra`: name -> (B, c, h, w), what the UNet sees beside a latent.
-    """
+    def everywhere(self) -> Script:
+        """It is written for the regions there are."""
+        return self
 
-    prompts: Mapping[str, Tensor]
-    mask: Tensor | None = None
-    hint: tuple[Tensor, ...] | None = None
-    null: Tensor | None = None
-    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    words: Follow | None = None
-    pixels: Tensor | None = None
-    noise: Callable[[str], Tensor] | None = None
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def prompt(self, name: str, i: int) -> Tensor:
-        """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""
-        if name == "tuned":
-            return self.prompts["empty"] if self.null is None else self.null[i]
-        return self.prompts[name]
+    def check(self, **facts: object) -> None:
+        """The plans that it was written from were checked."""

@@ -51,6 +51,11 @@ def handled() -> Iterator[None]:
         _asked, _handling = None, False
 
 
+def asked() -> bool:
+    """Whether a signal has asked to stop."""
+    return _asked is not None
+
+
 def check() -> None:
     """Raise Interrupted if a signal has asked to stop."""
     if _asked is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.fusion import Branch, Plan
+from masafusion_lab.given import Given
 from masafusion_lab.lockstep import NotFinite, lockstep
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule

@@ -125,11 +125,11 @@ def name_key(table: str) -> Key:
 
 def find(name: str, keys: Mapping[str, Key]) -> Key | None:
     """The key of that name, which may be an entry of a dictionary, model.adapter.sketch; None if there is none."""
-    table, _, entry = name.rpartition(".")
     if name in keys and get_origin(keys[name].type) is not dict:
         return keys[name]
-    if table in keys and entry and (table != "trainer" or entry in trainer_keys()):
-        return Key(name, get_args(keys[table].type)[1], None, keys[table].doc)
+    for table, _, entry in (name.rpartition("."), name.partition(".")):  # axes.method.guidance is an entry of axes
+        if table in keys and entry and (table != "trainer" or entry in trainer_keys()):
+            return Key(name, get_args(keys[table].type)[1], None, keys[table].doc)
     return None
 
 
@@ -201,8 +201,8 @@ def fields(module: str, name: str, prefix: str = "") -> list[Key]:
         if not isinstance(statement, ast.AnnAssign) or "ClassVar" in (annotation := ast.unparse(statement.annotation)):
             continue
         key = prefix + ast.unparse(statement.target)
-        if _is_class(module, annotation):
-            found |= {inner.name: inner for inner in fields(module, annotation, f"{key}.")}
+        if _is_class(*_where(module, annotation)):
+            found |= {inner.name: inner for inner in fields(*_where(module, annotation), f"{key}.")}
             continue
         said = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         kind = eval(annotation, {"__builtins__": {}}, TYPES)

@@ -59,8 +59,11 @@ class Lab:
         )
 
 
-def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
-    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError."""
+def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
+    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
+
+    `model`: the one that it names, where that is loaded already.
+    """
     inversion, method = config.inversion(experiment), config.method(experiment)
     if isinstance(inversion, NullText):
         inversion = inversion.resolved
@@ -75,7 +78,7 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
         inversion = NoInversion()
     store = Store(Path(experiment.store) if experiment.store else None)
-    model = StableDiffusion.load(**vars(experiment.model), network=needed.network)
+    model = model or StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
         make(model.device, experiment.trainer)
     return Lab(
@@ -151,7 +154,7 @@ def changes(experiment: config.Experiment, inversion: Any, method: Any) -> dict[
         default = type(it)()
         now[table] = settings(it)
         usual[table] = settings(getattr(default, "resolved", default)) | {"name": usual[table]["name"]}
-    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking"):
+    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking", "axes", "sweep"):
         del now[unshown]
     before = dict(_flat(usual))
     return {key: value for key, value in _flat(now) if before.get(key) != value}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import HALVES, Branch, Given, Noise, Plan, Weighted
+from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Script, Weighted, needs, ordered
+from masafusion_lab.given import Given
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import self_layers
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,23 @@ class State:
     rows: int = 0
 
 
+@dataclass(frozen=True)
+class Course:
+    """A denoising as data: what `lockstep` is given. Points of a sweep are courses, which may share their rows."""
+
+    plan: Plan | Script
+    x: Mapping[str, Tensor]
+    given: Given
+    replay: Mapping[str, Tensor] = field(default_factory=dict)
+    w: float = 7.5
+
+    def run(self, model: StableDiffusion, *, schedule: Schedule, **options: Any) -> Iterator[State]:
+        """Its `lockstep`."""
+        return lockstep(
+            model, self.plan, self.x, self.given, schedule=schedule, replay=self.replay, w=self.w, **options
+        )
+
+
 class NotFinite(ArithmeticError):
     """A prediction holds NaN or infinity."""
 
@@ -31,7 +51,7 @@ class NotFinite(ArithmeticError):
 @torch.no_grad()
 def lockstep(
     model: StableDiffusion,
-    plan: Plan,
+    plan: Plan | Script,
     x: Mapping[str, Tensor],
     given: Given,
     *,
@@ -41,33 +61,39 @@ def lockstep(
     start: int = 0,
     taps: Sequence[Tap] = (),
     after: Callable[[State], Mapping[str, Tensor]] | None = None,
+    most: int | None = None,
 ) -> Iterator[State]:
     """Denoise the latents `x` together from state `start`, by the plan; yield every state after the first.
 
     `replay`: name -> (T + 1, B, C, h, w), latents that are read from a record instead of being denoised.
+    `most`: rows that one call of the UNet may have at most, if the step needs no more for one of them.
     `after`: asked about every new state; the latents that it gives take the place of the state's own. Raises
     InputError for a plan that this model and batch cannot follow, NotFinite where a step's eps is not finite.
     """
     replay, x, rows = replay or {}, dict(x), 0
-    check(model, plan, given, schedule, latents={*x, *replay})
+    check(plan, given, steps=len(schedule), layers=self_layers(model.sites), latents={*x, *replay})
     if given.mask is None:
         plan = plan.everywhere()
     for i in range(start, len(schedule)):
         x |= {name: states[i] for name, states in replay.items()}
-        needed = plan.rows(i, w)
-        eps = predict(model, plan.at(i), x, given, i, schedule=schedule, w=w, taps=taps, rows=needed)
-        rows += len(needed)
-        for name, rule in plan.noise.items():
-            e, sde = mix(eps, rule, given.mask, i), plan.sde.get(name)
-            x[name] = schedule.denoise(x[name], e, i, sde.eta if sde else 0.0)
+        of_step = calls(plan, i, w, most)
+        eps = predict(model, plan.at(i), x, given, i, schedule=schedule, w=w, taps=taps, calls=of_step)
+        rows += sum(map(len, of_step))
+        made: dict[str, Tensor] = {}
+        for name, (before, rule) in plan.moves(i).items():
+            region = given.region(rule.region if isinstance(rule, Masked) else None)
+            e, sde = mix(eps, rule, region, i), plan.sde.get(name)
+            made[name] = schedule.denoise(x[before], e, i, sde.eta if sde else 0.0)
             if sde and i in sde.steps:
                 if sde.like is None:
-                    x[name] = x[name] + schedule.sigma(i, sde.eta) * fresh(given, f"{name} {i}")
+                    made[name] = made[name] + schedule.sigma(i, sde.eta) * fresh(given, f"{name} {i}")
                 else:
-                    like = plan.branches[sde.like].x
-                    x[name] = x[name] + replay[like][i + 1] - schedule.denoise(x[like], eps[sde.like], i, sde.eta)
-            if not x[name].isfinite().all():
+                    like = plan.at(i)[sde.like].x
+                    like_made = schedule.denoise(x[like], eps[sde.like], i, sde.eta)
+                    made[name] = made[name] + replay[like][i + 1] - like_made
+            if not made[name].isfinite().all():
                 raise NotFinite(f"latent {name!r} is not finite after step {i} of {len(schedule)}")
+        x |= made
         state = State(i + 1, x | {name: states[i + 1] for name, states in replay.items()}, rows)
         if after is not None:
             changed = after(state)
@@ -77,22 +103,22 @@ def lockstep(
 
 
 def check(
-    model: StableDiffusion,
-    plan: Plan,
+    plan: Plan | Script,
     given: Given,
-    schedule: Schedule,
     *,
-    latents: Container[str] | None = None,
+    steps: int,
+    layers: int,
+    latents: Container[str],
     prompts: Container[str] | None = None,
 ) -> None:
-    """Raise InputError for a plan that this model and batch cannot follow.
+    """Raise InputError for a plan that a model of so many self-attention layers and a batch cannot follow in `steps`.
 
-    `latents`: those that have a start, if not all; `prompts`: those that say something, if not all that are given.
+    `latents`: those that have a start; `prompts`: those that say something, if not all that are given.
     """
     plan.check(
-        steps=len(schedule),
-        layers=sum(not site.cross for site in model.sites),
-        latents={branch.x for branch in plan.branches.values()} if latents is None else latents,
+        steps=steps,
+        layers=layers,
+        latents=latents,
         prompts=given.prompts.keys() if prompts is None else prompts,
         masked=given.mask is not None,
         hinted=given.hint is not None,
@@ -130,29 +156,56 @@ def predict(
     schedule: Schedule,
     w: float = 7.5,
     taps: Sequence[Tap] = (),
-    rows: tuple[tuple[str, str], ...] | None = None,
+    calls: Sequence[tuple[Row, ...]] = (),
 ) -> dict[str, Tensor]:
-    """The guided eps (B, C, h, w) of each branch at step i, all in one UNet call of rows x B.
+    """The guided eps (B, C, h, w) of each branch at step i, in one UNet call of rows x B, or in several.
 
-    `rows`: the (branch, half) to compute, if not all; there is an eps of the branches that have all their halves.
+    `calls`: the rows of each call, if not all of all branches in one; there is an eps of the branches whose rows are
+    all there.
     """
-    rows = rows or tuple((b, half) for half in HALVES for b, branch in branches.items() if half in branch.halves(w))
-    latents = torch.cat([x[branches[name].x] for name, _ in rows])
-    beside = [given.extra[name] for b, _ in rows if (name := branches[b].extra) is not None]
-    if len(beside) not in (0, len(rows)):
-        raise InputError(f"of {', '.join(branches)} some have extra channels and some none: one UNet cannot take both")
-    text = torch.cat([given.prompt(getattr(branches[b], "prompt" if h == "text" else "null"), i) for b, h in rows])
-    hints = [hint if (hint := branches[b].hint) and i in hint.steps and h in hint.halves else None for b, h in rows]
-    features = None
-    if any(hints) and given.hint is not None:
-        features = [torch.cat([hint.scale * f if hint else torch.zeros_like(f) for hint in hints]) for f in given.hint]
-    grid = (latents.shape[-2], latents.shape[-1])
-    step, extra = Step(i, rows, branches, taps, grid, given), torch.cat(beside) if beside else None
-    eps = model.eps(latents, i, schedule, text, hint=features, step=step, extra=extra).unflatten(0, (len(rows), -1))
-    by_row, out = dict(zip(rows, eps, strict=True)), {}
+    by_row: dict[Row, Tensor] = {}
+    for rows in calls or [tuple(needs(branches, branches, i, w))]:
+        latents = torch.cat([x[branches[name].x] for name, _ in rows])
+        beside = [given.extra[name] for b, _ in rows if (name := branches[b].extra) is not None]
+        if len(beside) not in (0, len(rows)):
+            raise InputError(
+                f"of {', '.join(branches)} some have extra channels and some none: one UNet cannot take both"
+            )
+        text = torch.cat([given.prompt(getattr(branches[b], "prompt" if h == "text" else "null"), i) for b, h in rows])
+        hints = [hint if (hint := branches[b].hint) and i in hint.steps and h in hint.halves else None for b, h in rows]
+        features = None
+        if any(hints) and given.hint is not None:
+            features = [torch.cat([h.scale * f if h else torch.zeros_like(f) for h in hints]) for f in given.hint]
+        grid = (latents.shape[-2], latents.shape[-1])
+        step, extra = Step(i, rows, branches, taps, grid, given), torch.cat(beside) if beside else None
+        out = model.eps(latents, i, schedule, text, hint=features, step=step, extra=extra)
+        by_row |= {row: e for row, e in zip(rows, out.unflatten(0, (len(rows), -1)), strict=True) if row not in by_row}
+    eps = {}
     for b, branch in branches.items():
         if all((b, half) in by_row for half in branch.halves(w)):
-            out[b] = by_row[b, "text"]
+            eps[b] = by_row[b, "text"]
             if len(branch.halves(w)) > 1:
-                out[b] = by_row[b, "null"] + branch.guidance(w) * (out[b] - by_row[b, "null"])  # (3)
-    return out
+                eps[b] = by_row[b, "null"] + branch.guidance(w) * (eps[b] - by_row[b, "null"])  # (3)
+    return eps
+
+
+def calls(plan: Plan | Script, i: int, w: float = 7.5, most: int | None = None) -> list[tuple[Row, ...]]:
+    """The rows of each UNet call of step i: all in one, or in several of at most `most`, each with what its rows read.
+
+    A row that is read is computed in each call that reads it; a call has more than `most` where one row reads so many.
+    """
+    branches = plan.at(i)
+    reads = needs(branches, plan.used(i), i, w)
+    rows = ordered(frozenset[Row]().union(*reads.values()), branches)
+    if most is None or len(rows) <= most:
+        return [rows]
+    order = {row: r for r, row in enumerate(rows)}
+    found: list[set[Row]] = []
+    done: set[Row] = set()
+    for row in sorted(reads, key=lambda row: (len(reads[row]) == 1, row[1], sorted(reads[row] - {row}), order[row])):
+        if row not in done:  # readers first, those of the same rows together
+            if not found or len(found[-1] | reads[row]) > most:
+                found.append(set())
+            found[-1] |= reads[row]
+            done |= reads[row]
+    return [ordered(call, branches) for call in found]

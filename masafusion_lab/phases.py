@@ -24,6 +24,7 @@ from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.lockstep import check
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
+from masafusion_lab.sites import self_layers
 from masafusion_lab.trainer import make, undisturbed
 
 __all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
@@ -174,7 +175,10 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
             given = lab.method.prepare(model, given, lab.schedule)
         if hasattr(lab.method, "plan"):
             said = {"source", "empty", *(name for name, text in told.items() if text)}
-            check(model, lab.method.plan(model.sites, len(lab.schedule)), given, lab.schedule, prompts=said)
+            plan = lab.method.plan(model.sites, len(lab.schedule))
+            latents = {branch.x for branch in plan.branches.values()}
+            layers = self_layers(model.sites)
+            check(plan, given, steps=len(lab.schedule), layers=layers, latents=latents, prompts=said)
     except InputError as error:
         raise InputError(f"{case.id}: {error}") from None
     record = record_facts(lab, prepared.pixels, case.source)

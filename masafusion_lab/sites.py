@@ -55,6 +55,11 @@ def layers(text: str, sites: Sequence[Site]) -> Container[int]:
         ) from None
 
 
+def self_layers(sites: Sequence[Site]) -> int:
+    """The number of self-attention layers."""
+    return sum(not site.cross for site in sites)
+
+
 def found(unet: Any) -> dict[Site, Any]:
     """The attention layers of a diffusers UNet by site, in running order."""
     layers = [(name, module) for name, module in unet.named_modules() if re.search(r"\.attn[12]$", name)]

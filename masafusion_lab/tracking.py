@@ -171,7 +171,7 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "group": tracking.group or None,
         "name": tracking.name or folder.resolve().name,
         "tags": list(tracking.tags),
-        "job_type": "invert" if experiment.cases else "edit",
+        "job_type": "sweep" if experiment.axes else "invert" if experiment.cases else "edit",
         "id": identity.read_text(encoding="utf-8"),
         "dir": str(folder),
         "reinit": "create_new",

@@ -10,7 +10,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Step, install
-from masafusion_lab.fusion import Branch, Follow, Given, Span, Take, Words
+from masafusion_lab.fusion import Branch, Span, Take, Words
+from masafusion_lab.given import Follow, Given
 from masafusion_lab.sites import Site, layers
 
 

@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 
 from masafusion_lab.editor import noise_for
-from masafusion_lab.fusion import Given
+from masafusion_lab.given import Given
 from masafusion_lab.inversion import Direct, EditFriendly, Inversion
 from masafusion_lab.methods import METHODS, needs
 from masafusion_lab.model import StableDiffusion

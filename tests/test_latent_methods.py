@@ -343,7 +343,7 @@ def test_edit_friendly_states_are_the_picture_under_noises_of_their_own(tiny, ba
 
 def test_along_its_own_noise_maps_the_source_comes_back(tiny, batch):
     """But for the last step, in which none is added."""
-    from masafusion_lab.fusion import Given
+    from masafusion_lab.given import Given
     from masafusion_lab.methods.edit_friendly import NoiseMaps
 
     x0, text, empty, schedule = batch

@@ -9,12 +9,13 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion sites attention residual words hub",
-    "lockstep model loading network contrast taps",
+    "schedule fusion given sites attention residual words hub axes",
+    "lockstep shared model loading network contrast taps",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking maps watch figures explorer",
-    "config configfile keys request manual lab phases cli progress doctor sync",
+    "config configfile keys request manual lab phases cli progress doctor sync "
+    "survey runner sweep forecast landscape plots surveypage",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Given
+from masafusion_lab.given import Given
 from masafusion_lab.methods import MaSaFusion
 from masafusion_lab.methods.masafusion import layers
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError, phases
-from masafusion_lab.fusion import Given
+from masafusion_lab.given import Given
 from masafusion_lab.inversion import Ddim, Direct, Inversion
 from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion

@@ -26,7 +26,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from experiments.picturebook.data import pixels
 from masafusion_lab import InputError
 from masafusion_lab.editor import noise_for
-from masafusion_lab.fusion import Branch, Given, Hint, Plan
+from masafusion_lab.fusion import Branch, Hint, Plan
+from masafusion_lab.given import Given
 from masafusion_lab.hub import PICTUREBOOK
 from masafusion_lab.inversion import invert, retrace
 from masafusion_lab.lockstep import lockstep

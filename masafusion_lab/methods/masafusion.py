@@ -11,8 +11,9 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import HALVES, Branch, Given, Hint, Masked, Plan, Span, Take
-from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.fusion import HALVES, NO_REGION, Branch, Hint, Masked, Plan, Span, Take
+from masafusion_lab.given import Given
+from masafusion_lab.lockstep import Course, State
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -35,6 +36,10 @@ class MaSaFusion:
     """Layers in which the target inside A reads the intermediate image's Q and K, (10)."""
     edit_steps: tuple[int, int] = (0, 1000)
     """Steps [a, b) of that reading."""
+    fusion_steps: tuple[int, int] = (0, 1000)
+    """Steps [a, b) of (9) and (10) as a whole, as in Figure 12; in the others the plain prediction under C^T."""
+    fusion_of: Literal["target", "both"] = "target"
+    """Whether that window is of the target alone, (10), or of the intermediate image too, (9)."""
     qk_from: Literal["edit", "preserve"] = "edit"
     """Whose Q, K of the intermediate image (10) reads: its prediction inside A or outside."""
     cfg_pairing: Literal["matched", "cond_only"] = "matched"
@@ -70,7 +75,9 @@ class MaSaFusion:
         q, k, v = ("S" if letter in self.preserve else None for letter in "qkv")
         keep = Take(q, k, v, Span(*self.preserve_steps), layers(self.preserve_layers, sites), halves)
         read = f"I_{'in' if self.qk_from == 'edit' else 'out'}"
-        edit = Take(read, read, None, Span(*self.edit_steps), layers(self.edit_layers, sites), halves)
+        window = Span(*self.fusion_steps)
+        both = Span(max(self.edit_steps[0], window.start), min(self.edit_steps[1], self.fusion_steps[1]))
+        edit = Take(read, read, None, both, layers(self.edit_layers, sites), halves)
         return Plan(
             {
                 "S": Branch("source", "source", on if self.hint_on_source else None, self.source_null),
@@ -79,7 +86,10 @@ class MaSaFusion:
                 "T_out": Branch("target", "source", outside, self.preserve_null, keep),  # eps-bar of (10)
                 "T_in": Branch("target", "target", on, self.edit_null, edit),  # eps-hat of (10)
             },
-            {"t2i": Masked("I_in", "I_out"), "target": Masked("T_in", "T_out")},
+            {
+                "t2i": Masked("I_in", "I_out", window if self.fusion_of == "both" else Span()),
+                "target": Masked("T_in", "T_out", window),
+            },
         )
 
     def start(self, source: Tensor, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -90,6 +100,13 @@ class MaSaFusion:
             return {"gauss": x, "source": source, "mixed": torch.where(mask > 0, x, source)}[how]
 
         return {"t2i": init(self.init_t2i, x), "target": init(self.init_target, other)}
+
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Shareable`."""
+        if given.mask is None:
+            raise InputError(NO_REGION)
+        plan, start = self.plan(model.sites, len(schedule)), self.start(source.states[0], x, given.mask)
+        return Course(plan, start, given, {"source": source.states}, self.guidance)
 
     def __call__(
         self,
@@ -102,15 +119,4 @@ class MaSaFusion:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; the states hold "t2i", the intermediate image, beside "target"; see `Method`."""
-        if given.mask is None:
-            raise InputError("masafusion edits inside a region: give mask=FILE or box=x0,y0,x1,y1")
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            self.start(source.states[0], x, given.mask),
-            given,
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            taps=taps,
-        )
+        yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Branch, Given, Masked, Plan, Span, Take
+from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
+from masafusion_lab.given import Given
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion

@@ -9,8 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Branch, Given, Plan
-from masafusion_lab.lockstep import State, lockstep
+from masafusion_lab.fusion import Branch, Plan
+from masafusion_lab.given import Given
+from masafusion_lab.lockstep import Course, State
 from masafusion_lab.methods.protocol import Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -27,6 +28,11 @@ class Plain:
 
     prompt = "target"
 
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Shareable`."""
+        plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
+        return Course(plan, {"target": source.states[0]}, given, w=self.guidance)
+
     def __call__(
         self,
         model: StableDiffusion,
@@ -38,9 +44,7 @@ class Plain:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; see `Method`."""
-        plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
-        start = {"target": source.states[0]}
-        yield from lockstep(model, plan, start, given, schedule=schedule, w=self.guidance, taps=taps)
+        yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)
 
 
 @dataclass(frozen=True)

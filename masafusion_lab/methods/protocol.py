@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import NO_REGION, Given
-from masafusion_lab.lockstep import State
+from masafusion_lab.fusion import NO_REGION
+from masafusion_lab.given import Given
+from masafusion_lab.lockstep import Course, State
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -77,4 +78,13 @@ class Method(Protocol):
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; x (B, C, h, w) is the case's Gaussian noise."""
+        ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """A method whose call is one `lockstep` and no more, which it also gives as data: a sweep can share its rows."""
+
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """What its call gives `lockstep`."""
         ...

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from masafusion_lab.attention import Tap
 from masafusion_lab.contrast import first_step
-from masafusion_lab.fusion import Branch, Given, Plan
+from masafusion_lab.fusion import Branch, Plan
+from masafusion_lab.given import Given
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Needs, Source, picture
 from masafusion_lab.model import StableDiffusion

@@ -1,0 +1,178 @@
+"""What is found before a sweep runs: that every axis changes the picture, and what the sweep costs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from masafusion_lab import InputError, config
+from masafusion_lab.callbacks import peak_memory_gb
+from masafusion_lab.data.case import Case
+from masafusion_lab.editor import Clock, out_of_memory
+from masafusion_lab.runner import Runner, Work, heeded
+from masafusion_lab.runs import read_json, write_json
+from masafusion_lab.survey import Point, Survey
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """That an axis is alive: of two points that differ in it alone, the latents at a state, and by how much at most."""
+
+    axis: str
+    values: tuple[str, str]
+    case: str
+    state: int
+    difference: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a sweep will cost. `alone`: rows point by point; `shared`: rows as they are run; `seconds`: of all cases."""
+
+    points: int
+    cases: int
+    alone: int
+    shared: int
+    rows: int
+    seconds: float
+    proofs: tuple[Proof, ...]
+
+    @property
+    def said(self) -> str:
+        """What a person is told before it runs."""
+        times = f"{self.alone / self.shared:.1f} times fewer" if self.shared else "none"
+        return (
+            f"{self.points} points on {self.cases} case{'s' * (self.cases > 1)}; UNet rows a case: {self.alone:,} one "
+            f"by one, {self.shared:,} shared ({times}), {self.rows} at once; about {duration(self.seconds)}"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
+    """Prove the axes alive, count rows on the first case, and measure speed; kept in plan.json, and found there again.
+
+    Sets the runner's rows. Raises InputError for a point that cannot be run, and for an axis that changes nothing.
+    """
+    path, made_of = survey.folder / "plan.json", [*(point.name for point in survey.points), rows]
+    if (kept := read_json(path)).get("made_of") == made_of:
+        runner.rows = kept["rows"]
+        proofs = tuple(Proof(**{**proof, "values": tuple(proof["values"])}) for proof in kept["proofs"])
+        return Forecast(**{**{key: value for key, value in kept.items() if key != "made_of"}, "proofs": proofs})
+    case = survey.cases[0]
+    alone = shared = 0
+    for chunk in survey.chunks():
+        works = runner.ready(runner.works(case, chunk))
+        if runner.lost:
+            said = [f"{name}: {error}" for name, error in runner.lost[:8]]
+            raise InputError("\n  ".join([f"{len(runner.lost)} points cannot be run on case {case.id!r}:", *said]))
+        together = [work for work in works if work.course is not None]
+        each = [count(runner, [work]) for work in works]
+        alone += sum(each)
+        shared += count(runner, together) if together else 0
+        shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
+    proofs = tuple(alive(survey, runner, case))
+    runner.rows, a_row = speed(runner, None if rows == "auto" else int(rows))
+    seconds = shared * a_row * len(survey.cases)
+    found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
+    write_json(path, {**asdict(found), "made_of": made_of})
+    return found
+
+
+def count(runner: Runner, works: Sequence[Work]) -> int:
+    """UNet rows of points together; of one that cannot share them, as many as the usual method has."""
+    if works[0].course is None:
+        return 10 * len(works[0].lab.schedule)
+    return sum(runner.share(works).rows)
+
+
+def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:
+    """A proof for each axis of several values. Raises InputError for one that changes nothing on this case."""
+    base = survey.points[0]
+    for axis in base.values:
+        values = list(dict.fromkeys(point.values[axis] for point in survey.points))
+        others = dict.fromkeys(values[n] for n in (-1, len(values) // 2, 1 - len(values)) if len(values) > 1)
+        tried = [value for value in others if value != base.values[axis]]
+        for value in tried:
+            words = [f"{key}={text}" for key, text in {**base.values, axis: value}.items()]
+            other = Point({**base.values, axis: value}, config.load(words=words, base=base.experiment))
+            works = runner.ready(runner.works(case, [base, other]))  # which may fail, if no point is between the two
+            if len(works) == 2 and (found := _parting(*works)):
+                log.info("axes.%s changes the picture: at state %d by up to %.3g", axis, *found)
+                yield Proof(axis, (base.values[axis], value), case.id, *found)
+                break
+        else:
+            if tried:
+                raise InputError(
+                    f"axes.{axis}: changes nothing on case {case.id!r}: the latents of {base.values[axis]} and of "
+                    f"{', '.join(tried)} are equal to the end, bit by bit; the rest of the settings may switch it off"
+                )
+
+
+def _parting(a: Work, b: Work) -> tuple[int, float] | None:
+    """The state at which the targets of two points first differ, and the greatest difference; None if they never do."""
+    for one, other in zip(heeded(a.states()), b.states(), strict=False):
+        x, y = one.x["target"], other.x["target"]
+        if x.shape != y.shape:
+            return one.i, math.inf
+        if not torch.equal(x, y):
+            return one.i, float((x - y).abs().max())
+    return None
+
+
+def speed(runner: Runner, rows: int | None) -> tuple[int, float]:
+    """Rows at once, and the seconds that each takes; if they are not given those at which a row is fastest.
+
+    They are doubled until a row gets no faster, or a call would take more than half of the memory that is free.
+    """
+    best = (rows or 1, math.inf)
+    for n in (rows,) if rows else (2**k for k in range(1, 9)):
+        try:
+            taken, held = _timed(runner, n)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or n <= 2:
+                raise
+            break
+        if taken / n > 0.97 * best[1] and not rows:
+            break
+        best = n, taken / n
+        if 2 * held > free() / 2:
+            break
+    return best
+
+
+def _timed(runner: Runner, n: int) -> tuple[float, float]:
+    """Seconds that a UNet call of n rows takes, the better of two, and the GiB that it held."""
+    model, schedule = runner.lab.model, runner.lab.schedule
+    side = model.native // model.factor
+    x = torch.zeros(n, model.unet.config.in_channels, side, side, device=model.device)
+    text, before, seconds = model.embed([""]).expand(n, -1, -1), peak_memory_gb() or 0.0, []
+    for _ in range(2):
+        clock = Clock(model.device)
+        with torch.no_grad():
+            model.eps(x, 0, schedule, text)
+        clock.lap("call")
+        seconds.append(clock.seconds["call"])
+    return min(seconds), max(0.0, (peak_memory_gb() or 0.0) - before)
+
+
+def free() -> float:
+    """GiB of memory that are free where the model is run; infinite where it cannot be known."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] / 2**30
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return math.inf

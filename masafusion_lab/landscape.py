@@ -1,0 +1,181 @@
+"""A sweep's results as numbers: measures of a picture, which point is best, and how much each axis matters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from masafusion_lab import InputError
+from masafusion_lab.data.case import Case
+from masafusion_lab.editor import psnr
+from masafusion_lab.keys import suggest
+from masafusion_lab.lab import Lab
+
+Record: TypeAlias = Mapping[str, Any]
+"""A point on a case, see `Survey.records`."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a number is called, which way it is better, and its decimals."""
+
+    title: str
+    higher_is_better: bool
+    digits: int = 2
+
+
+MEASURES = {
+    "kept": Measure("kept outside the region, dB", True),
+    "hit": Measure("truth met inside the region, dB", True),
+    "l1": Measure("L1 to the truth", False, 4),
+    "changed": Measure("changed inside the region, L1", True, 4),
+}
+IDENTICAL = 100.0
+"""dB of pictures that are equal."""
+
+
+def measures(edited: Tensor, case: Case, lab: Lab) -> dict[str, float]:
+    """The MEASURES of an edited picture (3, H, W) in [0, 1] of a case, those that are known, at its working size."""
+    prepared = lab.prepare(case)
+    source, inside = prepared.pixels, slice(None)
+    outside: Any = slice(None)
+    if prepared.mask_full is not None:
+        inside = prepared.mask_full[0] > 0.5  # type: ignore[assignment]
+        outside = ~inside  # type: ignore[operator]
+    found = {
+        "kept": min(IDENTICAL, psnr(edited[:, outside], source[:, outside])),
+        "changed": float((edited - source)[:, inside].abs().mean()),
+    }
+    if case.truth is not None:
+        truth = lab.prepare(replace(case, image=case.truth, mask=None, hints={})).pixels
+        found["hit"] = min(IDENTICAL, psnr(edited[:, inside], truth[:, inside]))
+        found["l1"] = float((edited - truth).abs().mean())
+    return found
+
+
+def known(records: Sequence[Record]) -> list[str]:
+    """The measures that some record has, in the order of MEASURES."""
+    return [name for name in MEASURES if any(name in record for record in records)]
+
+
+def dimensions(records: Sequence[Record]) -> list[str]:
+    """The coordinates that differ between points."""
+    fixed = {"case", "point", "picture", "error", *MEASURES}
+    names = dict.fromkeys(name for record in records for name in record if name not in fixed)
+    return [name for name in names if len({record.get(name) for record in records}) > 1]
+
+
+def objective(text: str, records: Sequence[Record]) -> list[str]:
+    """The measures that "kept" or "kept,hit" names; of "" those that trade off. Raises InputError for others."""
+    there = known(records)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    all_hit = bool(records) and all("hit" in record or record["error"] for record in records)
+    names = names or ["kept", "hit" if all_hit else "changed"]
+    for name in names:
+        if name not in MEASURES or (there and name not in there):
+            said = ", ".join(there or MEASURES)
+            raise InputError(f"sweep.objective={text}: {name} is not one of {said}{suggest(name, there or MEASURES)}")
+    return names
+
+
+def scores(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The points, and of each case (row) and point how good it is by these measures: their mean rank, 0 to 1.
+
+    Ranks, because measures have no common unit; ties share theirs. NaN where a point failed.
+    """
+    points = list(dict.fromkeys(record["point"] for record in records))
+    cases = list(dict.fromkeys(record["case"] for record in records))
+    values = np.full((len(names), len(cases), len(points)), np.nan)
+    for record in records:
+        for m, name in enumerate(names):
+            values[m, cases.index(record["case"]), points.index(record["point"])] = record.get(name, math.nan)
+    signs = np.array([1 if MEASURES[name].higher_is_better else -1 for name in names])[:, None, None]
+    return points, np.stack([[_rank(row) for row in its] for its in signs * values]).mean(0)
+
+
+def _rank(row: np.ndarray) -> np.ndarray:
+    """The part of the others that each number beats, half of those that it equals; NaN of NaN."""
+    there = row[~np.isnan(row)]
+    if len(there) < 2:
+        return np.where(np.isnan(row), np.nan, 0.5)
+    beaten = (row[:, None] > there).sum(1) + 0.5 * ((row[:, None] == there).sum(1) - 1)
+    return np.where(np.isnan(row), np.nan, beaten / (len(there) - 1))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The best point of a set of cases. `by_case`: the best of each; `share`: by point, how often it is the best.
+
+    `share` is over 1000 draws of as many cases, with replacement; of one case it says nothing.
+    """
+
+    point: str
+    by_case: Mapping[str, str]
+    share: Mapping[str, float]
+
+
+def recommend(records: Sequence[Record], names: Sequence[str]) -> Recommendation | None:
+    """Which point to take; None if none was made on every case."""
+    points, score = scores(records, names)
+    whole = ~np.isnan(score).any(0)
+    if not whole.any():
+        return None
+    usable = np.where(whole, score, -np.inf)
+    cases = list(dict.fromkeys(record["case"] for record in records))
+    by_case = {case: points[int(np.nanargmax(row))] for case, row in zip(cases, score, strict=True)}
+    draws = np.random.default_rng(0).integers(len(cases), size=(1000, len(cases)))
+    winners = [points[n] for n in usable[draws].mean(1).argmax(1)]
+    share = {point: winners.count(point) / len(winners) for point in sorted(set(winners), key=winners.count)[::-1]}
+    return Recommendation(points[int(usable.mean(0).argmax())], by_case, share)
+
+
+def means(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The points, each with its coordinates and the means of its measures over the cases where it was made."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if not record["error"]:
+            found.setdefault(record["point"], []).append(record)
+    return [
+        {
+            **{key: value for key, value in its[0].items() if key not in ("case", "picture", "error")},
+            **{name: float(np.mean([r[name] for r in its if name in r])) for name in known(its)},
+        }
+        for its in found.values()
+    ]
+
+
+def pareto(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """The points that no other beats in both, more being better, from left to right."""
+    front: list[int] = []
+    for n in sorted(range(len(x)), key=lambda n: (-x[n], -y[n])):
+        if not front or y[n] > y[front[-1]]:
+            front.append(n)
+    return front[::-1]
+
+
+def importance(points: Sequence[Record], names: Sequence[str], measure: str) -> dict[str, float]:
+    """The part of a measure's variance that each coordinate explains alone (its main effect), 0 to 1.
+
+    Numbers of more than eight values are taken in five groups of equal size.
+    """
+    values = np.array([point[measure] for point in points])
+    total = values.var()
+    found = {}
+    for name in names:
+        groups = _groups([point[name] for point in points])
+        held = [values[groups == group] for group in np.unique(groups)]
+        between = sum(len(its) * (its.mean() - values.mean()) ** 2 for its in held) / len(values)
+        found[name] = float(between / total) if total > 0 else 0.0
+    return found
+
+
+def _groups(values: Sequence[Any]) -> np.ndarray:
+    distinct = sorted(set(values), key=lambda value: (isinstance(value, str), value))
+    if len(distinct) > 8 and not any(isinstance(value, str) for value in distinct):
+        return np.searchsorted(np.quantile(np.array(values), [0.2, 0.4, 0.6, 0.8]), np.array(values))
+    return np.array([distinct.index(value) for value in values])

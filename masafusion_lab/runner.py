@@ -1,0 +1,250 @@
+"""Runs points of a sweep: those of a chunk share their rows, and what is done is never done again."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from masafusion_lab import InputError, interrupt, phases
+from masafusion_lab.callbacks import Job
+from masafusion_lab.data.case import Case
+from masafusion_lab.editor import Editor, out_of_memory, precisely
+from masafusion_lab.given import Given
+from masafusion_lab.inversion import Inversion, Track, silent
+from masafusion_lab.lab import Lab, build
+from masafusion_lab.landscape import measures
+from masafusion_lab.lockstep import Course, State
+from masafusion_lab.methods import Shareable
+from masafusion_lab.runs import (
+    begin_case,
+    finish_case,
+    is_done,
+    read_json,
+    replacing,
+    write_json,
+    write_picture,
+)
+from masafusion_lab.shared import Shared, is_shareable, share
+from masafusion_lab.survey import Point, Survey
+
+log = logging.getLogger(__name__)
+
+SAVED_EVERY = 10.0
+"""Seconds between two records of how far a chunk is."""
+
+
+@dataclass
+class Work:
+    """A point on a case: its lab and what is to be done; once it is ready, what its method is called with."""
+
+    point: Point
+    lab: Lab
+    job: Job
+    call: tuple[Given, Inversion, Tensor] | None = None
+    course: Course | None = None
+    """Its denoising as data, if it may share rows."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether its result is there, or on record that it failed."""
+        failed = read_json(self.job.folder / "error.json").get("key") == self.job.key
+        return failed or is_done(self.job.folder, self.job.key)
+
+    def states(self) -> Iterator[State]:
+        """Its denoising by itself."""
+        assert self.call is not None
+        return self.lab.method(self.lab.model, *self.call, schedule=self.lab.schedule)
+
+
+class Runner:
+    """Runs the points of a survey with one model. `rows`: of the UNet at once, at most."""
+
+    def __init__(self, survey: Survey, lab: Lab, *, rows: int | None = None, track: Track = silent) -> None:
+        self.survey, self.lab, self.rows, self.track = survey, lab, rows, track
+        self.layers = sum(not site.cross for site in lab.model.sites)
+        self.lost: list[tuple[str, Exception]] = []
+        """Points that failed, and why."""
+
+    def run(self, case: Case, points: Sequence[Point]) -> None:
+        """Run the points of a chunk on a case, but those that are settled. One that fails stops no other.
+
+        The rows are shared as if nothing were there yet, so that what is cut short ends in the same bytes. Raises
+        InputError for what would fail every other point too, such as a full disk.
+        """
+        works = self.works(case, points)
+        if all(work.is_settled for work in works):
+            return
+        works = self.ready(works)
+        alone = [[work] for work in works if work.course is None]
+        together = [work for work in works if work.course is not None]
+        for some in [together, *alone] if together else alone:
+            progress = self.progress(some)
+            for work, target in self.targets(some, progress):
+                if not work.is_settled:
+                    self.write(work, target)
+            progress.unlink(missing_ok=True)
+
+    def works(self, case: Case, points: Sequence[Point]) -> list[Work]:
+        """The points on a case, checked; one that cannot be is on record as failed."""
+        found = []
+        for n, point in enumerate(points):
+            folder = self.survey.place(case, point)
+            with hushed() if n else nullcontext():
+                try:
+                    lab = build(point.experiment, model=self.lab.model)
+                    found.append(Work(point, lab, phases.job(lab, case, folder)))
+                except InputError as error:
+                    self.fail(point, folder, "", error)
+        return found
+
+    def ready(self, works: Sequence[Work]) -> list[Work]:
+        """The points inverted, and what their methods are called with put together, once for those that share it."""
+        calls: dict[Any, Any] = {}
+        found = []
+        for work in works:
+            lab, job = work.lab, work.job
+            kin = job.record, lab.size, lab.dilate, lab.seed
+            try:
+                if kin not in calls:
+                    with hushed():
+                        list(phases.invert(replace(lab, track=self.track), [job.case]))
+                        item = phases.Batches(lab, [job]).item(job)
+                    calls[kin] = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed).ready([item])
+                work.call = calls[kin]
+                if isinstance(lab.method, Shareable):
+                    course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
+                    course.check(len(lab.schedule), self.layers)
+                    work.course = course if is_shareable(course) else None
+                found.append(work)
+            except (InputError, ArithmeticError) as error:
+                self.fail(work.point, job.folder, job.key, error)
+        return found
+
+    def targets(self, works: Sequence[Work], progress: Path) -> list[tuple[Work, Tensor | Exception]]:
+        """The x_0 (1, C, h, w) of each point, or why there is none: found by running halves of them apart."""
+        what = f"{works[0].job.case.id}: {len(works)} points"
+        try:
+            found = precisely(self.lab.model, what, lambda: self.denoise(works, progress, what))
+            return list(zip(works, found, strict=True))
+        except InputError:
+            raise
+        except Exception as error:
+            if out_of_memory(error) and self.rows != 1:
+                self.rows = max(1, (self.rows or 64) // 2)
+                log.warning("out of memory: %d rows at once from here on; sweep.rows=%d spares this", *2 * [self.rows])
+                return self.targets(works, progress)
+            if len(works) == 1:
+                return [(works[0], error)]
+            log.warning("%s: %s; looking for the point at fault", what, error)
+            half = len(works) // 2
+            return [*self.targets(works[:half], progress), *self.targets(works[half:], progress)]
+
+    def share(self, works: Sequence[Work]) -> Shared:
+        """One course for the points' courses."""
+        courses = [work.course for work in works if work.course is not None]
+        return share(courses, steps=len(works[0].lab.schedule), layers=self.layers)
+
+    def denoise(self, works: Sequence[Work], progress: Path, what: str) -> list[Tensor]:
+        """The x_0 of points that share rows, or of one alone; what was cut short goes on from the last record."""
+        lab = works[0].lab
+        if works[0].course is None:
+            last = deque(heeded(self.track(works[0].states(), what)), 1).pop()
+            return [last.x["target"].cpu()]
+        shared = self.share(works)
+        made_by = json.dumps([[work.job.key for work in works], str(lab.model.dtype), self.rows])
+        i, x = begun(progress, made_by) or (0, shared.course.x)
+        course = replace(shared.course, x={name: latent.to(lab.model.device) for name, latent in x.items()})
+        rows, saved = iter(self.track(range(sum(shared.rows[i:])), what)), time.monotonic()
+        for state in course.run(lab.model, schedule=lab.schedule, start=i, most=self.rows):
+            x = state.x
+            deque(itertools.islice(rows, shared.rows[state.i - 1]), 0)
+            ended = state.i == len(lab.schedule)
+            if ended or interrupt.asked() or time.monotonic() - saved > SAVED_EVERY:
+                keep(progress, made_by, state, course.replay)
+                saved = time.monotonic()
+            interrupt.check()
+        deque(rows, 0)
+        return [x[names["target"]].cpu() for names in shared.ends]
+
+    def progress(self, works: Sequence[Work]) -> Path:
+        """Where it is kept how far these are."""
+        keys = "".join(work.job.key for work in works)
+        return works[0].job.folder.parent / f"{hashlib.sha256(keys.encode()).hexdigest()[:16]}.safetensors"
+
+    def fail(self, point: Point, folder: Path, key: str, error: Exception) -> None:
+        """Put it on record that a point failed on a case, and why."""
+        log.warning("%s: %s", point.name, error)
+        told = "".join(traceback.format_exception(error))
+        write_json(folder / "error.json", {"key": key, "error": f"{type(error).__name__}: {error}", "traceback": told})
+        self.lost.append((point.name, error))
+
+    def write(self, work: Work, target: Tensor | Exception) -> None:
+        """Write the result of a point, or on record why there is none."""
+        lab, job = work.lab, work.job
+        try:
+            if isinstance(target, Exception):
+                raise target
+            edited = precisely(lab.model, job.case.id, lambda: lab.model.decode(target)[0].cpu())
+            with hushed():
+                taken = measures(edited, job.case, lab)
+        except (ArithmeticError, RuntimeError) as error:
+            self.fail(work.point, job.folder, job.key, error)
+            return
+        begin_case(job.folder)
+        write_picture(job.folder / "target.png", edited)
+        result = {"case": job.case.id, "point": work.point.values, "key": job.key, "measures": taken}
+        (job.folder / "error.json").unlink(missing_ok=True)
+        finish_case(job.folder, {**result, "changed": lab.changed, "files": ["target.png"]})
+
+
+def heeded(states: Iterable[State]) -> Iterator[State]:
+    """The same, but that a signal is heeded after each."""
+    for state in states:
+        yield state
+        interrupt.check()
+
+
+def keep(path: Path, made_by: str, state: State, replay: Mapping[str, Tensor]) -> None:
+    """Record how far a chunk is."""
+    latents = {name: x.cpu().clone() for name, x in state.x.items() if name not in replay}
+    with replacing(path) as partial:
+        save_file(latents, partial, {"made_by": made_by, "i": str(state.i)})
+
+
+def begun(path: Path, made_by: str) -> tuple[int, dict[str, Tensor]] | None:
+    """The state that a chunk was left at, and its latents; None if there is none, or of something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_by") == made_by:
+                return int(file.metadata()["i"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        pass
+    return None
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Without the notes and warnings on a case that every point would repeat."""
+    loggers = [logging.getLogger(f"masafusion_lab.{name}") for name in ("phases", "data.pictures", "lab")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

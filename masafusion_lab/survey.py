@@ -1,0 +1,99 @@
+"""What a sweep is of: points × cases, in a folder.
+
+FOLDER/cases/CASE/POINT/   target.png and result.json of a point on a case, or error.json
+FOLDER/plan.json           what was found before the first point ran: which axes matter, rows, speed
+FOLDER/results.parquet, *.png, report.html   made anew from them at the end
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from masafusion_lab import InputError, axes, config
+from masafusion_lab.data.case import Case
+from masafusion_lab.landscape import objective
+from masafusion_lab.runs import case_folder, read_json
+
+TOGETHER = 128
+"""Points that share their rows at most: their latents are in memory together, and are lost together."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point: the value of each axis as it is written, and the experiment that it is."""
+
+    values: Mapping[str, str]
+    experiment: config.Experiment
+
+    @property
+    def name(self) -> str:
+        """The values in a word."""
+        return " ".join(f"{key}={value}" for key, value in self.values.items())
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Points × cases, in a folder."""
+
+    folder: Path
+    points: Sequence[Point]
+    cases: Sequence[Case]
+
+    def place(self, case: Case, point: Point) -> Path:
+        """The folder of a point on a case."""
+        return case_folder(case_folder(self.folder / "cases", case.id), point.name)
+
+    def chunks(self) -> list[list[Point]]:
+        """The points that share their rows: of as many steps and one size, TOGETHER at most; always the same."""
+        kin: dict[Any, list[Point]] = {}
+        for point in self.points:
+            kin.setdefault((point.experiment.steps, point.experiment.size), []).append(point)
+        return [its[k : k + TOGETHER] for its in kin.values() for k in range(0, len(its), TOGETHER)]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of each point on each case: case, values, measures and picture, relative to the folder; or error."""
+        found = []
+        for case, point in itertools.product(self.cases, self.points):
+            folder = self.place(case, point)
+            result, error = read_json(folder / "result.json"), read_json(folder / "error.json").get("error", "")
+            if not result:
+                error = error or "was not run"
+            picture = str((folder / "target.png").relative_to(self.folder)) if result else ""
+            taken = {name: float(value) for name, value in result.get("measures", {}).items()}
+            facts = {"case": case.id, "point": point.name, **axes.coordinates(point.values)}
+            found.append({**facts, **taken, "picture": picture, "error": "" if result else error})
+        return found
+
+    def items(self) -> list[tuple[Case, list[Point]]]:
+        """What is run by itself, and by one process at a time."""
+        return list(itertools.product(self.cases, self.chunks()))
+
+
+def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> Survey:
+    """The survey of an experiment. Raises InputError with what is wrong with its axes, points and settings."""
+    how = experiment.sweep
+    if how.rows != "auto" and not (how.rows.isascii() and how.rows.isdecimal() and int(how.rows)):
+        raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
+    objective(how.objective, [])
+    spanned = axes.points(axes.read(experiment.axes), experiment.sweep, experiment.seed)
+    base = replace(experiment, axes={}, sweep=axes.Sweep())
+    found, problems = [], dict[str, None]()
+    for values in spanned:
+        try:
+            found.append(Point(values, config.load(words=[f"{k}={v}" for k, v in values.items()], base=base)))
+        except InputError as error:
+            problems.setdefault(f"axes.{error}")
+    if problems:
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise InputError("\n  ".join([*list(problems)[:8], *more]))
+    return Survey(folder, found, cases)
+
+
+def forgive(survey: Survey) -> None:
+    """Forget what failed, so that it is tried again."""
+    for path in survey.folder.glob("cases/*/*/error.json"):
+        path.unlink()

@@ -1,0 +1,160 @@
+"""What a person sees of a sweep: results.parquet, pictures and report.html in its folder, and the same in W&B."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from masafusion_lab import plots
+from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.forecast import Forecast
+from masafusion_lab.landscape import (
+    MEASURES,
+    Recommendation,
+    Record,
+    dimensions,
+    known,
+    means,
+    objective,
+    recommend,
+    scores,
+)
+from masafusion_lab.report import page
+from masafusion_lab.runs import replacing, write_picture, write_text
+from masafusion_lab.survey import Survey
+from masafusion_lab.tracking import log_pictures, log_table
+
+SHEETS = 8
+"""Cases of which a contact sheet is drawn."""
+LISTED = 500
+"""Points that the page lists."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a sweep has found: `failures` are the records of points that failed; `points`: means over the cases."""
+
+    records: Sequence[Record]
+    points: Sequence[Record]
+    failures: Sequence[Record]
+    goals: Sequence[str]
+    best: Recommendation | None
+
+    @property
+    def lost(self) -> str:
+        """How much failed, with an example; "" if nothing did."""
+        if not self.failures:
+            return ""
+        first = self.failures[0]
+        return (
+            f"{len(self.failures)} of {len(self.records)} points failed, as {first['point']} on {first['case']}: "
+            f"{first['error']}; the rest is done, and sweep.retry=true tries those again"
+        )
+
+
+def publish(survey: Survey, found: Forecast, goal: str = "", loggers: Sequence[Any] = ()) -> Findings:
+    """Write what a sweep has found into its folder, and tell the loggers. Raises InputError for an unknown goal."""
+    records = survey.records()
+    write_parquet(survey.folder / "results.parquet", records)
+    goals = objective(goal, records)
+    failures = [record for record in records if record["error"]]
+    points = means(records)
+    findings = Findings(records, points, failures, goals, recommend(records, goals) if points else None)
+    for path in (*survey.folder.glob("*.png"), *survey.folder.glob("report.html")):
+        path.unlink()  # of fewer points than there are now
+    if points:
+        for name, figure in figures(findings):
+            plots.save(figure, survey.folder / f"{name}.png")
+        for n, sheet in enumerate(sheets(survey, findings)):
+            write_picture(survey.folder / f"sheet-{n}.png", sheet)
+    write_page(survey, found, findings)
+    tell(survey, findings, loggers)
+    return findings
+
+
+def write_parquet(path: Path, records: Sequence[Record]) -> None:
+    """Write the records as a Parquet file, of which the same records give the same bytes."""
+    from pyarrow import Table, parquet
+
+    columns = dict.fromkeys(name for record in records for name in record)
+    rows = [{name: record.get(name) for name in columns} for record in records]
+    mixed = [name for name in columns if len({type(r[name]) for r in rows if r[name] is not None} - {int, float}) > 1]
+    for row in rows:
+        row |= {name: str(row[name]) for name in mixed if row[name] is not None}
+    with replacing(path) as partial:
+        parquet.write_table(Table.from_pylist(rows), partial, compression="zstd")
+
+
+def figures(findings: Findings) -> Iterator[tuple[str, Figure]]:
+    """The plots by name."""
+    records, points, goals = findings.records, findings.points, findings.goals
+    across, measured = dimensions(points), known(points)
+    if not across:
+        return
+    best = findings.best.point if findings.best else ""
+    for measure in measured:
+        yield f"map-{measure}", plots.heat_map(points, plots.shown_over(points, across), measure, best)
+    if len(goals) == 2:
+        yield "trade-off", plots.trade_off(points, goals, best)
+    yield "importance", plots.importances(points, across, measured)
+    names, score = scores(records, goals)
+    goodness = dict(zip(names, np.nan_to_num(score).mean(0), strict=True))
+    yield "parallel", plots.parallel(points, across, goals, goodness)
+
+
+def sheets(survey: Survey, findings: Findings) -> Iterator[Image.Image]:
+    """The contact sheets of the first cases."""
+    across = dimensions(findings.points)
+    for case in survey.cases[:SHEETS] if across else ():
+        its = [record for record in findings.records if record["case"] == case.id]
+        best = findings.best.by_case.get(case.id, "") if findings.best else ""
+        over = plots.shown_over(its, across)
+        yield plots.contact_sheet(its, survey.folder, over, open_picture(case.image), best)
+
+
+def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:
+    """Write report.html, static, with no network."""
+    best, there = findings.best, {path.name for path in survey.folder.glob("*.png")}
+    words = next((point.values for point in survey.points if best and point.name == best.point), {})
+    config = ["--config", str(survey.folder / "config.yaml")]
+    again = shlex.join(["masafusion", "edit", *config, *(f"{key}={value}" for key, value in words.items()), "out="])
+    rivals = [f"{point} ({100 * part:.0f} %)" for point, part in best.share.items()] if best else []
+    sheets = [(case.id, f"sheet-{n}.png") for n, case in enumerate(survey.cases)]
+    text = page(
+        "sweep.html",
+        survey=survey,
+        forecast=found,
+        findings=findings,
+        measures={name: MEASURES[name] for name in known(findings.records)},
+        coordinates=dimensions(findings.points),
+        maps=[name for name in (f"map-{measure}.png" for measure in MEASURES) if name in there],
+        plots=[name for name in ("trade-off.png", "importance.png", "parallel.png") if name in there],
+        sheets=[(id, name) for id, name in sheets if name in there],
+        listed=sorted(findings.records, key=lambda record: record["error"] == "")[:LISTED],
+        rivals=rivals[:5],
+        again=again,
+    )
+    write_text(survey.folder / "report.html", text)
+
+
+def tell(survey: Survey, findings: Findings, loggers: Sequence[Any]) -> None:
+    """Tell the loggers: a table with a line for every point, the plots, and the measures of the recommended point."""
+    columns = dict.fromkeys(name for record in findings.records for name in record if name != "picture")
+    lines = [{name: record.get(name) for name in columns} for record in findings.records]
+    pictures = {}
+    for path in sorted(survey.folder.glob("*.png")):
+        with Image.open(path) as picture:
+            pictures[path.stem] = picture.copy()
+    for logger in loggers:
+        log_table(logger, "sweep/points", lines, step=0)
+        log_pictures(logger, "sweep/plots", pictures, step=0, of=survey.folder.name)
+        if best := findings.best:
+            point = next(point for point in findings.points if point["point"] == best.point)
+            logger.log_metrics({f"sweep/best/{name}": point[name] for name in known([point])}, step=0)

@@ -1,0 +1,41 @@
+"""A sweep from its experiment to its findings: points × cases, whose common rows are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from masafusion_lab import config, survey
+from masafusion_lab.data.case import Case
+from masafusion_lab.forecast import Forecast, forecast
+from masafusion_lab.inversion import Track, silent
+from masafusion_lab.lab import Lab, build
+from masafusion_lab.runner import Runner
+from masafusion_lab.surveypage import Findings, publish
+
+
+def sweep(
+    experiment: config.Experiment,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    lab: Lab | None = None,
+    track: Track = silent,
+    loggers: Sequence[Any] = (),
+    told: Callable[[Forecast], None] = lambda forecast: None,
+) -> Findings:
+    """Run the points of `experiment.axes` on the cases, but those that are done in the folder; publish what is found.
+
+    `told` hears what is planned before it runs; `lab`: that of the experiment, where it is built already. Raises
+    InputError for axes and points that cannot be, and for an axis that changes nothing.
+    """
+    surveyed = survey.read(experiment, cases, Path(folder))
+    if experiment.sweep.retry:
+        survey.forgive(surveyed)
+    runner = Runner(surveyed, lab or build(experiment, track=track), track=track)
+    found = forecast(surveyed, runner, experiment.sweep.rows)
+    told(found)
+    for case, points in surveyed.items():
+        runner.run(case, points)
+    return publish(surveyed, found, experiment.sweep.objective, loggers)

@@ -1,0 +1,241 @@
+"""Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
+
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from masafusion_lab import InputError, config, phases, runner, survey, surveypage
+from masafusion_lab.forecast import Forecast
+from masafusion_lab.runs import read_json
+from masafusion_lab.sweep import sweep
+from tests.edits import Calls, case, drawn
+
+pytestmark = pytest.mark.usefixtures("unplotted")
+WINDOWS = "axes.method.fusion_steps=windows(0,3,1)"
+
+
+@pytest.fixture(scope="session")
+def model(tiny_root):
+    from masafusion_lab.model import StableDiffusion
+
+    return StableDiffusion.load(str(tiny_root))
+
+
+@pytest.fixture
+def unplotted(request, monkeypatch):
+    """Without the plots, which are slow to draw, but in the test that looks at them."""
+    if "plotted" not in request.node.name:
+        monkeypatch.setattr(surveypage, "figures", lambda findings: ())
+
+
+@pytest.fixture
+def run(tmp_path, tiny_root, model):
+    """Sweep the usual case in a folder `out`; the findings, and what was said of the plan."""
+
+    def run(*words, out="out", cases=None, **options):
+        usual = f"model.path={tiny_root} model.device=cpu store={tmp_path}/store size=48x32 steps=3 sweep.rows=8"
+        experiment = config.load(words=[*usual.split(), *words])
+        run.lab, said = phases.build(experiment, model=model), []
+        folder = tmp_path / out
+        found = sweep(experiment, cases or [case()], folder, lab=run.lab, told=said.append, **options)
+        return found, said[0]
+
+    return run
+
+
+def pictures(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("target.png"))}
+
+
+def test_every_point_is_the_edit_that_it_is_alone(run, tmp_path, model):
+    axes = ["axes.method.preserve=qkv,kv", "axes.dilate=0,1"]
+    found, planned = run(*axes)
+    assert len(found.records) == planned.points == 4
+    assert planned.shared < 0.9 * planned.alone  # the source's rows are shared whatever differs
+    surveyed = survey.read(config.load(words=["steps=3", "size=48x32", *axes]), [case()], tmp_path / "out")
+    for n, point in enumerate(surveyed.points):
+        lab = phases.build(point.experiment, model=model)
+        lab.store = run.lab.store
+        (folder,) = phases.edit(lab, [case()], tmp_path / f"alone-{n}")
+        (alone, point) = (
+            np.asarray(Image.open(f / "target.png"), int) for f in (folder, surveyed.place(case(), point))
+        )
+        assert np.abs(alone - point).max() <= 1
+
+
+def test_results_are_in_one_table_with_pictures_and_plotted(run, tmp_path):
+    found, _ = run(WINDOWS, "axes.method.guidance=3,7.5", cases=[case(truth=drawn(fill="red")), case("dog", 4)])
+    rows = parquet.read_table(tmp_path / "out/results.parquet").to_pylist()
+    assert len(rows) == 2 * 6 * 2
+    assert {"method.fusion_steps.start", "method.fusion_steps.stop", "method.guidance", "kept", "hit", "l1"} <= {
+        *rows[0]
+    }
+    assert all((tmp_path / "out" / row["picture"]).is_file() for row in rows)
+    assert found.best.point in {row["point"] for row in rows}
+    assert sum(found.best.share.values()) == pytest.approx(1)
+    for name in ("map-kept", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
+        assert (tmp_path / f"out/{name}.png").is_file()
+
+
+def test_each_axis_is_proven_alive_and_the_proof_is_kept(run, tmp_path):
+    _, planned = run(WINDOWS, "axes.seed=0,1")
+    kept = read_json(tmp_path / "out/plan.json")
+    assert [proof["axis"] for proof in kept["proofs"]] == ["method.fusion_steps", "seed"]
+    assert all(proof.state == 1 and proof.difference > 0 for proof in planned.proofs)
+
+
+def test_a_dead_axis_stops_the_sweep_with_the_reason(run, tmp_path):
+    with pytest.raises(InputError, match=r"hint_scale: changes nothing on case 'cat'.*equal to the end, bit by bit"):
+        run("axes.method.hint_scale=1,2", "method.hint_until=0")
+    assert not pictures(tmp_path / "out")
+
+
+def test_what_is_done_is_not_done_again(run, tmp_path):
+    first, _ = run(WINDOWS)
+    before = pictures(tmp_path / "out"), (tmp_path / "out/results.parquet").read_bytes()
+    calls = Calls(run.lab.model)
+    second, _ = run(WINDOWS)
+    calls.hook.remove()
+    assert calls.count == 0
+    assert (pictures(tmp_path / "out"), (tmp_path / "out/results.parquet").read_bytes()) == before
+    assert first == second
+
+
+def test_cut_short_anywhere_it_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch):
+    run(WINDOWS, out="whole")
+    model, write = run.lab.model, runner.write_picture
+    monkeypatch.setattr(runner, "SAVED_EVERY", 0.0)
+
+    def die(calls):
+        def count(*_):
+            calls[0] -= 1
+            if calls[0] < 0:
+                raise KeyboardInterrupt
+
+        return count
+
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole/plan.json", tmp_path / "cut")
+    for calls in (1, 2, 2):  # each time within another step
+        hook = model.unet.register_forward_pre_hook(die([calls]))
+        with pytest.raises(KeyboardInterrupt):
+            run(WINDOWS, out="cut")
+        hook.remove()
+    monkeypatch.setattr(runner, "write_picture", lambda path, x: 1 / 0 if "2-3" in str(path) else write(path, x))
+    with pytest.raises(ZeroDivisionError):
+        run(WINDOWS, out="cut")
+    monkeypatch.setattr(runner, "write_picture", write)
+    calls = Calls(model)
+    run(WINDOWS, out="cut")
+    calls.hook.remove()
+    assert calls.count == 0  # the last state was on record
+    assert pictures(tmp_path / "cut") == pictures(tmp_path / "whole")
+    assert (tmp_path / "cut/results.parquet").read_bytes() == (tmp_path / "whole/results.parquet").read_bytes()
+    assert not list((tmp_path / "cut").rglob("*.safetensors"))
+
+
+def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
+    found, _ = run("axes.method.guidance=3,1e38,5")
+    assert [record["point"] for record in found.failures] == ["method.guidance=1e38"]
+    assert len(pictures(tmp_path / "out")) == 2
+    assert "1 of 3 points failed" in found.lost
+    (one,) = (read_json(path) for path in sorted(tmp_path.rglob("error.json")))
+    assert "not finite" in one["error"]
+    assert "Traceback" in one["traceback"]
+    calls = Calls(run.lab.model)
+    assert run("axes.method.guidance=3,1e38,5")[0].failures == found.failures
+    assert calls.count == 0
+    run("axes.method.guidance=3,1e38,5", "sweep.retry=true")
+    assert calls.count > 0
+    calls.hook.remove()
+
+
+def test_methods_inversions_sizes_and_steps_may_be_varied(run, tmp_path):
+    found, _ = run("axes.method.name=masafusion,plain", "axes.inversion.prompt=source,empty", "steps=2")
+    assert not found.failures
+    assert len(set(pictures(tmp_path / "out").values())) == 4
+    found, planned = run("axes.size=48x32,96x64", "axes.steps=1,2", out="sizes")
+    assert {Image.open(tmp_path / "sizes" / r["picture"]).size for r in found.records} == {(48, 32), (96, 64)}
+    assert planned.points == 4
+
+
+def test_a_method_that_gives_no_course_runs_by_itself(run, monkeypatch, tmp_path):
+    run("axes.method.guidance=3,5", out="shared")
+    monkeypatch.setattr(runner, "is_shareable", lambda course: False)
+    _, planned = run("axes.method.guidance=3,5", out="apart")
+    for one, other in zip(pictures(tmp_path / "shared").values(), pictures(tmp_path / "apart").values(), strict=True):
+        assert len(one) == pytest.approx(len(other), abs=40)
+    assert planned.shared == planned.alone
+
+
+def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path, caplog):
+    run(WINDOWS, out="whole")
+    eps = run.lab.model.eps
+
+    def small(x, *args, **options):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return eps(x, *args, **options)
+
+    from masafusion_lab import forecast
+
+    monkeypatch.setattr(forecast, "speed", lambda runner, rows: (8, 0.1))
+    monkeypatch.setattr(forecast, "alive", lambda *args: [])
+    monkeypatch.setattr(run.lab.model, "eps", small)
+    found, _ = run(WINDOWS, out="small")
+    assert not found.failures
+    assert "4 rows at once from here on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["axes.method.fusion_steps=[2,2],[0,1]"], r"axes.method.fusion_steps=\[2,2\]: must be \[a,b\]"),
+        (["axes.method.guidence=3,4"], r"axes.method.guidence: unknown key; did you mean method.guidance"),
+        (["axes.method.guidance=3,x"], "method.guidance=x: must be number"),
+        (["axes.method.preserve_layers=all,99"], r"1 points cannot be run .*\n.*=99: .* holds none of the"),
+        (["axes.seed=1,2", "sweep.rows=0"], "sweep.rows=0: must be auto"),
+        (["axes.seed=1,2", "sweep.objective=quality"], "quality is not one of"),
+        (["axes.inversion.preset=paper,reference"], "is a key of inversion.name=null_text"),
+    ],
+)
+def test_what_cannot_be_swept_is_said_before_anything_runs(run, words, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        run(*words)
+    assert not pictures(tmp_path)
+
+
+class Page(HTMLParser):
+    """A page's elements and references."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.links = set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_no_id_becomes_markup_and_all_that_the_page_shows_is_there(run, tmp_path):
+    run(WINDOWS, cases=[case('<script>alert(1)</script> "../../x" & =cmd()')])
+    page = Page(tmp_path / "out/report.html")
+    assert "script" not in page.tags
+    assert len(page.links) > 12
+    for link in page.links:
+        assert (tmp_path / "out" / link).resolve().is_relative_to(tmp_path / "out")
+        assert (tmp_path / "out" / link).is_file()
+
+
+def test_what_is_planned_is_said_in_a_line():
+    said = Forecast(55, 2, 19140, 3138, 32, 4000.0, ()).said
+    assert said == (
+        "55 points on 2 cases; UNet rows a case: 19,140 one by one, 3,138 shared (6.1 times fewer), 32 at once; "
+        "about 1 h 6 min"
+    )
