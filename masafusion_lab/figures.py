@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from masafusion_lab.maps import SPECIALS, Attention, Heat
 from masafusion_lab.report import INK, NAMES
 from masafusion_lab.report import picture as shown
+from masafusion_lab.runs import write_picture
 
 RED = "#c62828"
 COLOURS = {"source": "#0072b2", "t2i": "#e69f00", "target": "#009e73"}
@@ -44,6 +46,14 @@ def figures(attention: Attention, pictures: Mapping[str, Image.Image]) -> dict[s
     """All figures of a case by name; `pictures` by latent: "source", "t2i", "target"."""
     made = {"words": words(attention, pictures), "self_attention": self_attention(attention, pictures)}
     return made | ({"interference": interference(attention)} if "mask" in attention.tensors else {})
+
+
+def draw(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
+    """Write the figures of a case into its folder."""
+    drawn = figures(attention, pictures)
+    for name, figure in drawn.items():
+        write_picture(folder / f"attention_{name}.png", figure)
+    return drawn
 
 
 def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Image:
