@@ -111,16 +111,16 @@ class Mirror(L.Callback):
 
 
 class Attend(L.Callback):
-    """Watches the attention of every `every`-th case while it is edited: figures in its folder and for the loggers.
+    """Watches the attention of every `every`-th case while it is edited; its figures go into its folder and to loggers.
 
-    `keep` may do more with what was seen of a case, given its folder, the pictures by latent, and all that was seen.
+    `keep` writes what was seen of a case, given its folder and its pictures by latent, and gives the figures to log.
     """
 
     def __init__(
         self,
         watch: Watch,
         every: int = 1,
-        keep: Callable[[Path, Mapping[str, Image.Image], Attention], None] | None = None,
+        keep: Callable[[Path, Mapping[str, Image.Image], Attention], Mapping[str, Image.Image]] | None = None,
     ) -> None:
         self.watch, self.every, self.keep = watch, every, keep
         self.cases, self.seen = 0, dict[str, tuple[Watching, int]]()
@@ -146,23 +146,18 @@ class Attend(L.Callback):
     def on_predict_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Draw, keep and log what was seen."""
-        from masafusion_lab.figures import figures
+        """Keep and log what was seen."""
+        from masafusion_lab.figures import draw
 
         (results,) = (callback for callback in trainer.callbacks if isinstance(callback, Results))
         for k, (item, edited) in enumerate(zip(batch, outputs, strict=True)):
             if item.id not in self.chosen:
                 continue
             watching, b = self.seen[item.id]
-            attention, folder = watching.of(b), results.jobs[item.id].folder
-            panels = shown(item, edited)
+            attention, panels = watching.of(b), shown(item, edited)
             pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
-            drawn = figures(attention, pictures)
-            for name, figure in drawn.items():
-                write_picture(folder / f"attention_{name}.png", figure)
-            if self.keep is not None:
-                self.keep(folder, pictures, attention)
-            for logger in trainer.loggers:
+            drawn = (self.keep or draw)(results.jobs[item.id].folder, pictures, attention)
+            for logger in trainer.loggers if drawn else ():
                 log_pictures(logger, "attention/figures", drawn, step=self.cases + k, of=item.id)
                 log_table(logger, "attention/words", word_table(attention, pictures), step=self.cases + k)
                 if "mask" in attention.tensors:

@@ -69,8 +69,7 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
-        every = experiment.tracking.attention
-        watching = [Attend(Watch(), every)] if every else []
+        watching = [Attend(Watch(), every)] if (every := experiment.tracking.attention) else []
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching)
     typer.echo(folder)
     for each in folders:
@@ -88,7 +87,7 @@ def attend(
     steps: Annotated[str, typer.Option(metavar="A:B", help="Steps A to B - 1 are watched.")] = ":",
     layers: Annotated[str, typer.Option(metavar="A:B", help="Layers A to B - 1 are watched, in running order.")] = ":",
     bins: Annotated[int, typer.Option(min=1, help="Parts of the run that maps are kept apart by.")] = 5,
-    looks: Annotated[int, typer.Option(min=1, help="Steps in which self-attention is looked at.")] = 10,
+    every: Annotated[int, typer.Option(min=1, help="Self-attention is looked at in one of so many steps.")] = 5,
     heads: Annotated[bool, typer.Option(help="Whether word maps are kept apart by heads.")] = True,
     limit_gb: Annotated[float, typer.Option("--limit-gb", min=0, help="Memory that maps may take.")] = 1.0,
 ) -> None:
@@ -105,9 +104,10 @@ def attend(
     from masafusion_lab.explorer import is_kept, keep
     from masafusion_lab.watch import Watch, span
 
-    watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, looks, limit_gb)
+    watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, every, limit_gb)
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
+    watch.check(lab.model, len(lab.schedule))
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         seen = Attend(watch, keep=keep)
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))

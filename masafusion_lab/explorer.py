@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from masafusion_lab import InputError
+from masafusion_lab.figures import draw
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, page
 from masafusion_lab.runs import write_text
@@ -31,10 +32,12 @@ LONGEST = 512
 MAPS, PAGE = "maps.safetensors", "attention.html"
 
 
-def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> None:
-    """Write the maps of a case and its page into its folder."""
+def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
+    """Write the figures of a case, its page and its maps into its folder."""
+    drawn = draw(folder, pictures, attention)
     write_text(folder / PAGE, explorer(attention, pictures))
     attention.save(folder / MAPS)
+    return drawn
 
 
 def is_kept(folder: Path, watch: Watch) -> bool:

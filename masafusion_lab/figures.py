@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from masafusion_lab.maps import SPECIALS, Attention, Heat
+from masafusion_lab.maps import SPECIALS, Attention
 from masafusion_lab.report import INK, NAMES
-from masafusion_lab.report import picture as shown
+from masafusion_lab.report import picture as as_picture
+from masafusion_lab.runs import write_picture
 
 RED = "#c62828"
 COLOURS = {"source": "#0072b2", "t2i": "#e69f00", "target": "#009e73"}
@@ -46,68 +48,87 @@ def figures(attention: Attention, pictures: Mapping[str, Image.Image]) -> dict[s
     return made | ({"interference": interference(attention)} if "mask" in attention.tensors else {})
 
 
+def draw(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
+    """Write the figures of a case into its folder."""
+    drawn = figures(attention, pictures)
+    for name, figure in drawn.items():
+        write_picture(folder / f"attention_{name}.png", figure)
+    return drawn
+
+
 def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Image:
     """The word maps over the pictures, as in the paper's Figure 10, with the specials."""
-    shown = {x: attention.words(x).all() for x in pictures}
-    longest = max(map(len, shown.values()))
+    maps = {x: attention.words(x).all() for x in pictures}
+    longest = max(map(len, maps.values()))
     lines = -(-longest // MOST)
     columns = -(-longest // lines)
-    aspect = next(iter(pictures.values())).height / next(iter(pictures.values())).width
     with rc_context(STYLE):
-        height = len(shown) * lines * (WIDTH / (columns + 1) * aspect + 0.36) + 0.75
-        figure = Figure((WIDTH, height), layout="constrained")
-        grid = figure.subplots(len(shown) * lines, columns + 1, squeeze=False)
-        for axes in grid.flat:
-            axes.axis("off")
-        for top, (x, maps) in enumerate(shown.items()):
-            _picture(grid[top * lines, 0], pictures[x], NAMES.get(x, x), weight="bold", fontsize=7)
+        sheet = Sheet(len(maps) * lines, columns + 1, next(iter(pictures.values())), foot=0.7)
+        for top, (x, of) in enumerate(maps.items()):
+            sheet.put(top * lines, 0, pictures[x], NAMES.get(x, x), weight="bold", fontsize=7)
             prompt = attention.facts["prompts"][attention.facts["branches"][attention.branch(x)]["text"]]
             edited = {prompt["words"][k][0] for k in prompt["edited"]}
-            for k, (word, heat) in enumerate(maps.items()):
-                axes = grid[top * lines + k // columns, 1 + k % columns]
+            for k, (word, heat) in enumerate(of.items()):
                 title = f"⟨{word}⟩" if word in SPECIALS else word
                 title += f"\n{100 * float(heat.values.max()) / attention.facts['steps']:.2g} %"
-                _picture(axes, heat.overlay(pictures[x]), title, color=RED if word in edited else INK)
-        bar = figure.colorbar(
-            ScalarMappable(Normalize(0, 1), "inferno"), ax=grid, location="bottom", fraction=0.03, aspect=60, pad=0.01
-        )
+                place = top * lines + k // columns, 1 + k % columns
+                sheet.put(*place, heat.overlay(pictures[x]), title, color=RED if word in edited else INK)
+        axes = sheet.figure.add_axes((0.1, 0.52 / sheet.height, 0.8, 0.08 / sheet.height))
+        bar = sheet.figure.colorbar(ScalarMappable(Normalize(0, 1), "inferno"), axes, orientation="horizontal")
         bar.set_label(
             "cross-attention, from the lowest (0) to the highest (1) of each map; under a word the highest share of a "
             "pixel's\nattention that it has; in red the words that the edit changes"
         )
-        return _drawn(figure)
+        return _drawn(sheet.figure)
 
 
 def self_attention(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Image:
     """What the region, and a pixel inside and one outside, attend to, by picture; and principal components."""
     mask = attention.tensors.get("mask")
     points = _points(mask)
-    columns = 1 + (mask is not None) + len(points) + 1
-    aspect = next(iter(pictures.values())).height / next(iter(pictures.values())).width
     with rc_context(STYLE):
-        figure = Figure((WIDTH, len(pictures) * (WIDTH / columns * aspect + 0.3) + 0.3), layout="constrained")
-        grid = figure.subplots(len(pictures), columns, squeeze=False)
-        for row, (x, picture) in zip(grid, pictures.items(), strict=True):
+        sheet = Sheet(len(pictures), 2 + (mask is not None) + len(points), next(iter(pictures.values())), foot=0.3)
+        for row, (x, picture) in enumerate(pictures.items()):
             maps = attention.pixels(x)
-            heats: dict[str, tuple[Heat, tuple[float, float] | None]] = {}
+            sheet.put(row, 0, picture, NAMES.get(x, x), mask, weight="bold")
             if mask is not None:
-                heats["what the region\nattends to"] = maps.region(mask), None
-            heats |= {f"what {name}\nattends to": (maps.pixel(*place), place) for name, place in points.items()}
-            _picture(row[0], picture, NAMES.get(x, x), weight="bold")
-            _picture(
-                row[-1],
-                shown(maps.components()).resize(picture.size, Image.Resampling.BICUBIC),
-                "its principal\ncomponents",
-            )
-            for axes, (title, (heat, place)) in zip(row[1:], heats.items(), strict=False):
-                _picture(axes, heat.overlay(picture), title)
-                if place is not None:
-                    axes.plot(place[0] * picture.width, place[1] * picture.height, "+", color="white", ms=8, mew=2)
-                    axes.plot(place[0] * picture.width, place[1] * picture.height, "+", color="#00b8d4", ms=7, mew=1)
-            for axes in row[:-1]:
-                _outline(axes, mask, picture)
-        figure.supxlabel(nearness(attention), fontsize=8)
-        return _drawn(figure)
+                sheet.put(row, 1, maps.region(mask).overlay(picture), "what the region\nattends to", mask)
+            for column, (name, place) in enumerate(points.items(), 1 + (mask is not None)):
+                title = f"what {name}\nattends to"
+                left, top, w, h = sheet.put(row, column, maps.pixel(*place).overlay(picture), title, mask)
+                for colour, size, width in (("white", 8, 2), ("#00b8d4", 7, 1)):
+                    sheet.axes.plot(left + place[0] * w, top + place[1] * h, "+", color=colour, ms=size, mew=width)
+            parts = as_picture(maps.components()).resize(picture.size, Image.Resampling.BICUBIC)
+            sheet.put(row, sheet.columns - 1, parts, "its principal\ncomponents")
+        sheet.figure.text(0.5, 0.1 / sheet.height, nearness(attention), ha="center", fontsize=8)
+        return _drawn(sheet.figure)
+
+
+class Sheet:
+    """Titled pictures of one size in a grid, on one pair of axes that are measured in inches from the top left."""
+
+    def __init__(self, rows: int, columns: int, picture: Image.Image, *, foot: float) -> None:
+        self.columns, self.gap, self.head = columns, 0.06, 0.34
+        self.w = (WIDTH - self.gap) / columns - self.gap
+        self.h = self.w * picture.height / picture.width
+        self.height = rows * (self.head + self.h + self.gap) + foot
+        self.figure = Figure((WIDTH, self.height))
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set(xlim=(0, WIDTH), ylim=(self.height, 0))
+        self.axes.axis("off")
+
+    def put(
+        self, row: int, column: int, picture: Image.Image, title: str, mask: torch.Tensor | None = None, **style: Any
+    ) -> tuple[float, float, float, float]:
+        """Add a picture, with the border of a region in it; left, top, width and height of its place."""
+        left, top = self.gap + column * (self.w + self.gap), self.head + row * (self.head + self.h + self.gap)
+        where = (left, left + self.w, top + self.h, top)
+        self.axes.imshow(picture, extent=where, aspect="auto")
+        self.axes.text(left + self.w / 2, top - 0.04, title, ha="center", va="bottom", **{"fontsize": 8, **style})
+        if mask is not None and 0 < float(mask.mean()) < 1:
+            edge = F.interpolate(mask[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
+            self.axes.contour(edge, levels=[0.5], extent=where, origin="upper", colors="white", linewidths=0.8)
+        return left, top, self.w, self.h
 
 
 def nearness(attention: Attention) -> str:
@@ -171,21 +192,6 @@ def _labelled(axes: Any, title: str, y: str, x: str | None = "step, from noise t
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=INK)
-
-
-def _picture(axes: Any, picture: Image.Image, title: str, **style: Any) -> None:
-    axes.imshow(picture)
-    axes.set_title(title, pad=3, **style)
-    axes.axis("off")
-
-
-def _outline(axes: Any, mask: torch.Tensor | None, picture: Image.Image) -> None:
-    """The border of the region, if there is one, over a picture."""
-    if mask is None:
-        return
-    big = F.interpolate(mask[None, None].float(), (picture.height, picture.width))[0, 0]
-    if 0 < float(big.mean()) < 1:
-        axes.contour(big.numpy(), levels=[0.5], colors="white", linewidths=0.8)
 
 
 def _points(mask: torch.Tensor | None) -> dict[str, tuple[float, float]]:

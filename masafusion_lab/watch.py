@@ -34,8 +34,8 @@ class Watch:
     """Parts of the run that maps are kept apart by."""
     heads: bool = True
     """Whether word maps are kept apart by heads."""
-    looks: int = 10
-    """Steps in which self-attention is looked at, spread over the run; cross-attention is in all."""
+    every: int = 5
+    """Self-attention is looked at in the first of so many steps of a bin, and so on; cross-attention in all."""
     limit_gb: float = 1.0
     """Memory that the maps of a batch may take."""
 
@@ -44,19 +44,23 @@ class Watch:
         """The settings that decide what is seen."""
         return {name: str(value) for name, value in vars(self).items() if name != "limit_gb"}
 
+    def check(self, model: StableDiffusion, steps: int) -> None:
+        """Raise InputError if nothing of a run of so many steps would be seen."""
+        Scope(self.steps, self.layers).check(model.sites, steps)
+
     def begin(self, editor: Editor, batch: Sequence[Item]) -> Watching:
         """Watch a batch. Raises InputError where nothing would be seen, or the maps be more than memory allows."""
         model, steps = editor.model, len(editor.schedule)
-        scope = Scope(self.steps, self.layers)
-        scope.check(model.sites, steps)
+        self.check(model, steps)
         plan = editor.method.plan(model.sites, steps) if hasattr(editor.method, "plan") else None
         latents = {} if plan is None else denoisers(plan)
         shown = [inside for inside, _ in latents.values()] or None
         seen = [i for i in range(steps) if i in self.steps]
         parts = [range(seen[part.start], seen[part.stop - 1] + 1) for part in bins(len(seen), self.bins)]
-        looks = Scope({seen[part.start] for part in bins(len(seen), self.looks)}, self.layers)
+        looks = Scope({i for part in parts for i in part[:: self.every]}, self.layers)
         prompts = [prompts_of(model, item) for item in batch]
-        word = WordTap(parts, max(prompt["tokens"] for of in prompts for prompt in of.values()), scope, self.heads)
+        tokens = max(prompt["tokens"] for of in prompts for prompt in of.values())
+        word = WordTap(parts, tokens, Scope(self.steps, self.layers), self.heads)
         pixel = PixelTap(parts, Scope(looks.steps, looks.layers, shown))
         h, w = batch[0].record.states.shape[-2:]
         need = len(batch) * sum(

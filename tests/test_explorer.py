@@ -126,7 +126,7 @@ def test_what_is_kept_is_of_the_settings_it_was_seen_under(attention, tmp_path):
     keep(tmp_path, PICTURES, attention)
     assert is_kept(tmp_path, Watch(bins=STEPS))
     assert is_kept(tmp_path, Watch(bins=STEPS, limit_gb=2))
-    assert not is_kept(tmp_path, Watch(bins=STEPS, looks=3))
+    assert not is_kept(tmp_path, Watch(bins=STEPS, every=3))
     (tmp_path / "attention.html").unlink()
     assert not is_kept(tmp_path, Watch(bins=STEPS))
 
