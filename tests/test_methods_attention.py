@@ -50,7 +50,9 @@ def tuned(case):
     return Inversion(case.source.states, empty + 0.3 * torch.randn(T, *empty.shape, generator=g))
 
 
+@pytest.fixture(scope="module")
 def records(case):
+    """Records of the same two pictures by every inversion."""
     text, empty = case.given.prompts["source"], case.given.prompts["empty"]
     ddim = Ddim().invert(case.model, case.x0, text, empty, case.schedule)
     return {"direct": case.source, "ddim": ddim, "null_text": tuned(case)}
@@ -76,8 +78,8 @@ def one(case, source, b):
 
 @pytest.mark.parametrize("inversion", ["direct", "ddim", "null_text"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, name, inversion):
-    source = records(case)[inversion]
+def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, records, name, inversion):
+    source = records[inversion]
     both = run(case, METHODS[name](), source)
     assert len(both) == T
     assert both[-1].x["target"].shape == case.x.shape
