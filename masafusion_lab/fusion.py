@@ -33,11 +33,11 @@ class Span:
 
     @classmethod
     def part(cls, window: float | Sequence[float], steps: int) -> Span | None:
-        """The window [a, b), or [0, b) if b alone is given, in fractions of so many steps; None if a = b.
+        """The window [a, b), or [0, b) of b alone, in fractions of so many steps; None if a = b.
 
         Raises InputError unless 0 <= a <= b <= 1.
         """
-        a, b = (0, *window)[-2:] if isinstance(window, Sequence) else (0, window)
+        a, b = window if isinstance(window, Sequence) else (0, window)
         if not 0 <= a <= b <= 1:
             raise InputError(f"the window [{a:g},{b:g}] must be [a,b], fractions of the steps with 0 <= a <= b <= 1")
         return cls(int(a * steps), int(b * steps)) if a < b else None

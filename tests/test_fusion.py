@@ -43,7 +43,7 @@ def test_without_a_region_what_is_optional_about_it_is_left_out():
 
 def test_a_window_is_a_part_of_the_steps():
     assert Span.part((0.08, 1), 50) == Span(4, 50)
-    assert Span.part(0.8, 51) == Span.part((0.8,), 51) == Span(0, 40)
+    assert Span.part(0.8, 51) == Span(0, 40)
     assert Span.part((0.5, 0.5), 50) is None
     assert Span.part(1, 4) == Span(0, 4)
     for wrong in ((0.5, 0.2), (-0.1, 1), (0, 1.5), float("nan")):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from masafusion_lab import InputError, phases
+from masafusion_lab import InputError, config, phases
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Ddim, Direct, Inversion
 from masafusion_lab.methods import METHODS
@@ -50,7 +50,9 @@ def tuned(case):
     return Inversion(case.source.states, empty + 0.3 * torch.randn(T, *empty.shape, generator=g))
 
 
+@pytest.fixture(scope="module")
 def records(case):
+    """Records of the same two pictures by every inversion."""
     text, empty = case.given.prompts["source"], case.given.prompts["empty"]
     ddim = Ddim().invert(case.model, case.x0, text, empty, case.schedule)
     return {"direct": case.source, "ddim": ddim, "null_text": tuned(case)}
@@ -76,8 +78,8 @@ def one(case, source, b):
 
 @pytest.mark.parametrize("inversion", ["direct", "ddim", "null_text"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, name, inversion):
-    source = records(case)[inversion]
+def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, records, name, inversion):
+    source = records[inversion]
     both = run(case, METHODS[name](), source)
     assert len(both) == T
     assert both[-1].x["target"].shape == case.x.shape
@@ -252,6 +254,22 @@ def test_what_cannot_be_is_said_before_anything_is_computed(tiny_root, tmp_path,
     with pytest.raises(InputError, match=words):
         phases.edit(lab, [edits.case(**changes)], tmp_path / "run")
     assert calls.count == 0
+
+
+def test_words_and_windows_are_kept_by_the_saved_configuration(tmp_path):
+    words = [
+        "cross_words.dog=[0,0.4]",
+        "reweight.red=2",
+        "blend_source=cat,hat",
+        "blend_target=dog",
+        "cross_window=[0,0.7]",
+    ]
+    first = config.load(words=["method.name=prompt_to_prompt", *(f"method.{word}" for word in words)])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(first))
+    assert config.load([tmp_path / "config.yaml"]) == first
+    method = config.method(first)
+    assert (method.cross_words, method.reweight) == ({"dog": (0, 0.4)}, {"red": 2})
+    assert (method.blend_source, method.blend_target) == (("cat", "hat"), ("dog",))
 
 
 def test_without_a_region_the_paper_fuses_everywhere(case):
