@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
+from masafusion_lab.fusion import Branch, Masked, Plan, Sde, Span, Take, Weighted
 from masafusion_lab.lockstep import mix
 
 S, T = Branch("source", "source"), Branch("target", "target", take=Take(None, "S", "S", Span(2, 4)))
@@ -22,6 +22,20 @@ def test_a_step_needs_only_what_it_uses_and_what_that_reads():
     assert [list(plan.at(i)) for i in range(5)] == [["T"], ["T"], ["S", "T"], ["S", "T", "keep"], ["T", "keep"]]
 
 
+def test_a_leader_of_stochastic_steps_is_needed_while_it_leads():
+    T = Branch("target", "target")
+    plan = Plan({"S": S, "T": T}, {"target": "T"}, sde={"target": Sde(1.0, "S", Span(0, 2))})
+    assert [list(plan.at(i)) for i in range(4)] == [["S", "T"], ["S", "T"], ["T"], ["T"]]
+
+
+def test_a_region_may_be_needed_beside_the_rules():
+    plan = Plan({"T": KEEP}, {"target": "T"}, masked=True)
+    facts = {"steps": 2, "layers": 5, "latents": {"target"}, "prompts": {"source", "empty"}, "hinted": False}
+    plan.check(masked=True, **facts)
+    with pytest.raises(InputError, match="mask=FILE"):
+        plan.check(masked=False, **facts)
+
+
 @pytest.mark.parametrize(
     ("branches", "noise", "words"),
     [
@@ -31,6 +45,9 @@ def test_a_step_needs_only_what_it_uses_and_what_that_reads():
         ({"S": S, "T": T}, {"target": "S"}, "denoised by 'S'"),
         ({"S": S, "T": Branch("target", "target", take=Take("S", steps=Span(50)))}, {"target": "T"}, "none of the 10"),
         ({"S": S, "T": Branch("target", "target", take=Take("S", layers={7}))}, {"target": "T"}, "none of the 5"),
+        ({"S": S, "T": Branch("target", "target", take=Take("S"), w=1)}, {"target": "T"}, "S, which has another guid"),
+        ({"T": Branch("target", "instruction")}, {"target": "T"}, 'follows an instruction: give instruction="'),
+        ({"S": S, "T": Branch("target", "target")}, {"target": Weighted({"T": 2, "S": -1})}, "denoised by 'S'"),
     ],
 )
 def test_a_plan_that_cannot_work_says_why(branches, noise, words):
@@ -52,6 +69,13 @@ def test_eps_is_chosen_pixel_by_pixel_and_hard_where_the_region_is_hard():
     assert torch.equal(mix(eps, Masked("in", "out", Span(3)), mask, 0), eps["in"])
     eps["out"] = torch.zeros(1, 4, 1, 3)
     assert mix(eps, Masked("in", "out"), mask / 2, 0)[0, 0, 0].tolist() == [1, 1, 0]
+
+
+def test_a_weighted_sum_is_guidance_by_two_conditions():
+    full, image, none = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    weights = Weighted({"none": 1 - 1.5, "image": 1.5 - 7.5, "full": 7.5})
+    mixed = mix({"full": full, "image": image, "none": none}, weights, None, 0)
+    torch.testing.assert_close(mixed, none + 7.5 * (full - image) + 1.5 * (image - none))
 
 
 def test_mixing_by_mask_commutes_with_the_step(tiny):

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from masafusion_lab.attention import Site, Tap
-from masafusion_lab.contrast import first_step
 from masafusion_lab.fusion import Branch, Given, Plan
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Needs, Source, picture
@@ -42,7 +41,7 @@ class SDEdit:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; see `Method`."""
-        start = first_step(schedule, self.strength, "strength")
+        start = schedule.start(self.strength)
         yield from lockstep(
             model,
             self.plan(model.sites, len(schedule)),
