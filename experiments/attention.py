@@ -28,11 +28,12 @@ from rich.table import Table
 from torch import Tensor
 
 from masafusion_lab import config, phases
-from masafusion_lab.attention import Site, Tap
+from masafusion_lab.attention import Tap
 from masafusion_lab.callbacks import Attend, peak_memory_gb
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.picturebook import cases
-from masafusion_lab.fusion import Branch, Given, Plan, Span, Take
+from masafusion_lab.fusion import Branch, Plan, Span, Take
+from masafusion_lab.given import Given
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods.protocol import Source
@@ -43,6 +44,7 @@ from masafusion_lab.progress import bar
 from masafusion_lab.request import cases_of, read
 from masafusion_lab.runs import read_json, write_json
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 from masafusion_lab.watch import Watch
 
 BARS = {"overhead_time": 0.15, "overhead_memory": 0.10}

@@ -19,6 +19,7 @@ mask: mask.png
 sketch: sketch.png
 source: {source}
 target: {target}
+instruction: {instruction}
 """
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     write_picture(folder / "mask.png", Image.fromarray(example.loose.astype(np.uint8) * 255))
     write_picture(folder / "sketch.png", Image.fromarray(example.sketch))
     prompts = {"source": example.source_prompt, "target": example.target_prompt}
-    write_text(folder / "example.yaml", FILE.format(**prompts))
+    write_text(folder / "example.yaml", FILE.format(**prompts, instruction=example.instruction))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import fresh, predict
+from masafusion_lab.lockstep import NotFinite, fresh, predict
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -36,15 +36,17 @@ def region(
     """The region A (B, 1, h, w), 0 or 1, in pictures x0 (B, C, h, w) between the prompts source and target.
 
     The picture is noised `maps` times to `strength` of the schedule; a cell is inside if the two guided eps differ in
-    it by more than half of `threshold` times the picture's mean. Raises InputError for what touches no step.
+    it by more than half of `threshold` times the picture's mean. Raises InputError for what touches no step, NotFinite.
     """
-    i, difference = first_step(schedule, strength, "map_strength"), torch.zeros_like(x0)
+    i, difference = schedule.start(strength, "map_strength"), torch.zeros_like(x0)
     if maps < 1:
         raise InputError(f"method.maps={maps}: must be at least 1")
     for k in range(maps):
         x = {"noised": schedule.diffuse(x0, fresh(given, f"map {k}"), i)}
         eps = predict(model, BRANCHES, x, given, i, schedule=schedule, w=w)
         difference += (eps["T"] - eps["S"]).abs() / maps
+    if not difference.isfinite().all():
+        raise NotFinite(f"the differences of the predictions are not finite at step {i} of {len(schedule)}")
     cells = difference.mean(1, keepdim=True)
     A = (cells > threshold / 2 * cells.mean((1, 2, 3), keepdim=True)).float()
     if not A.amax((1, 2, 3)).all():
@@ -52,11 +54,3 @@ def region(
             "the two prompts differ nowhere above method.threshold=%g: what is kept is the whole picture", threshold
         )
     return A
-
-
-def first_step(schedule: Schedule, strength: float, name: str) -> int:
-    """The step from which the last part, `strength`, of the schedule begins; InputError if that holds no step."""
-    steps = int(len(schedule) * strength)
-    if not 1 <= steps <= len(schedule):
-        raise InputError(f"method.{name}={strength:g}: is {steps} of {len(schedule)} steps, must be 1 to all of them")
-    return len(schedule) - steps

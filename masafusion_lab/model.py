@@ -72,7 +72,7 @@ class StableDiffusion:
     ) -> StableDiffusion:
         """Load a diffusers folder or hub id, with the adapters that lie in it or are given as kind -> folder or id.
 
-        `unet`: the folder or id of another UNet than the model's own; `network`: its kind, see `loading.NETWORKS`.
+        `unet`: the folder or id of another UNet than the model's own; `network`: its kind, see `network.NETWORKS`.
         `dtype` and `device` may be "auto": float16 on CUDA, else float32. `offload="model"` keeps every part in main
         memory but while it is used; `tiling` encodes and decodes large pictures by tiles, one at a time; `compile`
         compiles the UNet's residual and feed-forward blocks. Raises InputError for what is no whole SD 1.x / 2.x model.

@@ -234,7 +234,7 @@ def test_bash_completes_keys_and_their_values():
         return complete(_MASAFUSION_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=at).split()
 
     assert bash("masafusion edit ste", 2) == ["steps=", "steps=50"]
-    assert bash("masafusion edit inversion.name = ", 4) == ["direct", "ddim", "null_text"]
+    assert bash("masafusion edit inversion.name = ", 4) == ["direct", "ddim", "null_text", "npi", "edit_friendly"]
     assert bash("masafusion edit inversion.name = null_text inversion.pres", 5)[0] == "inversion.preset="
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Hint, Masked, Plan, Span, Take, Weighted, Words
+from masafusion_lab.fusion import Branch, Hint, Masked, Plan, Sde, Span, Take, Weighted, Words
 from masafusion_lab.lockstep import mix
 
 S, T = Branch("source", "source"), Branch("target", "target", take=Take(None, "S", "S", Span(2, 4)))
@@ -28,6 +28,11 @@ def test_of_a_branch_that_is_only_read_there_are_only_the_halves_that_are_read()
     own = (("T", "null"), ("T", "text"))
     assert [plan.rows(i) for i in (0, 1, 3)] == [own, *2 * [(own[0], ("S", "text"), own[1])]]
     assert plan.rows(1, 1.0) == (("S", "text"), ("T", "text"))
+
+
+def test_what_is_read_is_computed_whatever_guidance_its_branch_has():
+    plan = Plan({"S": Branch("source", "source", w=1), "T": Branch("target", "target", take=Take("S"))}, {"target": "T"})
+    assert plan.rows(0, 7.5) == (("S", "null"), ("T", "null"), ("S", "text"), ("T", "text"))
 
 
 def test_without_a_region_what_is_optional_about_it_is_left_out():
@@ -66,6 +71,20 @@ def test_weights_may_change_with_the_step():
     ]
 
 
+def test_a_leader_of_stochastic_steps_is_needed_while_it_leads():
+    T = Branch("target", "target")
+    plan = Plan({"S": S, "T": T}, {"target": "T"}, sde={"target": Sde(1.0, "S", Span(0, 2))})
+    assert [list(plan.at(i)) for i in range(4)] == [["S", "T"], ["S", "T"], ["T"], ["T"]]
+
+
+def test_a_region_may_be_needed_beside_the_rules():
+    plan = Plan({"T": KEEP}, {"target": "T"}, masked=True)
+    facts = {"steps": 2, "layers": 5, "latents": {"target"}, "prompts": {"source", "empty"}, "hinted": False}
+    plan.check(masked=True, **facts)
+    with pytest.raises(InputError, match="mask=FILE"):
+        plan.check(masked=False, **facts)
+
+
 @pytest.mark.parametrize(
     ("branches", "noise", "words"),
     [
@@ -79,6 +98,8 @@ def test_weights_may_change_with_the_step():
         ({"S": S, "T": Branch("target", "target", words=Words("S", Span(9, 9)))}, {"target": "T"}, "none of the 10"),
         ({"S": S, "T": Branch("target", "target", feature=Take(v="S", layers={5}))}, {"target": "T"}, "5 residual"),
         ({"T": Branch("target", "target")}, {"target": Weighted({"T": 1.0, "S": 0.0})}, "denoised by 'S'"),
+        ({"T": Branch("target", "instruction")}, {"target": "T"}, 'follows an instruction: give instruction="'),
+        ({"S": S, "T": Branch("target", "target")}, {"target": Weighted({"T": 2, "S": -1})}, "denoised by 'S'"),
     ],
 )
 def test_a_plan_that_cannot_work_says_why(branches, noise, words):
@@ -100,6 +121,13 @@ def test_eps_is_chosen_pixel_by_pixel_and_hard_where_the_region_is_hard():
     assert torch.equal(mix(eps, Masked("in", "out", Span(3)), mask, 0), eps["in"])
     eps["out"] = torch.zeros(1, 4, 1, 3)
     assert mix(eps, Masked("in", "out"), mask / 2, 0)[0, 0, 0].tolist() == [1, 1, 0]
+
+
+def test_a_weighted_sum_is_guidance_by_two_conditions():
+    full, image, none = torch.randn(3, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    weights = Weighted({"none": 1 - 1.5, "image": 1.5 - 7.5, "full": 7.5})
+    mixed = mix({"full": full, "image": image, "none": none}, weights, None, 0)
+    torch.testing.assert_close(mixed, none + 7.5 * (full - image) + 1.5 * (image - none))
 
 
 def test_mixing_by_mask_commutes_with_the_step(tiny):

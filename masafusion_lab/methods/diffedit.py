@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -18,6 +19,8 @@ from masafusion_lab.methods.protocol import Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Differing:
     def region(self, model: StableDiffusion, given: Given, x0: Tensor, schedule: Schedule) -> tuple[Tensor, int]:
         """A (B, 1, h, w), and the UNet rows an image that finding it cost."""
         if self.mask == "given":
+            log.info("method.mask=given: maps, map_strength and threshold do not matter")
             return inside(given), 0
         how: Any = {"maps": self.maps, "strength": self.map_strength, "threshold": self.threshold, "w": self.guidance}
         return contrast.region(model, given, x0, schedule=schedule, **how), contrast.ROWS * self.maps
@@ -73,7 +77,7 @@ class DiffEdit(Differing):
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; see `Method`."""
-        start = contrast.first_step(schedule, self.strength, "strength")
+        start = schedule.start(self.strength)
         A, rows = self.region(model, given, picture(model, given), schedule)
 
         def after(state: State) -> Mapping[str, Tensor]:
@@ -126,7 +130,7 @@ class SdeDiffEdit(Differing):
         """Edit; see `Method`."""
         x0 = picture(model, given)
         A, rows = self.region(model, given, x0, schedule)
-        start = max(contrast.first_step(schedule, self.strength, "strength") - 1, 0)
+        start = max(schedule.start(self.strength) - 1, 0)
         cut = replace(schedule, timesteps=schedule.timesteps[:-1], abar=schedule.abar[:-1])
         chain = [x0]
         for i in range(len(cut) - 1, start - 1, -1):

@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from masafusion_lab.attention import Tap
-from masafusion_lab.contrast import first_step
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import State, lockstep
@@ -44,7 +43,7 @@ class SDEdit:
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
         """Edit; see `Method`."""
-        start = first_step(schedule, self.strength, "strength")
+        start = schedule.start(self.strength)
         yield from lockstep(
             model,
             self.plan(model.sites, len(schedule)),
