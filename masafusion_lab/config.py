@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from masafusion_lab import InputError, keys
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
+from masafusion_lab.protocol import Bench
 
 
 @dataclass
@@ -105,12 +106,15 @@ class Experiment:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any key of Lightning's Trainer, such as trainer.precision=16-mixed."""
     tracking: Tracking = field(default_factory=Tracking)
+    bench: Bench = field(default_factory=Bench)
 
 
+TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "bench": Bench}
+"""Tables of the experiment whose keys are always the same."""
 PROMPTS = ("source", "target", "instruction")
 FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")
 """Keys that may name a file which changes what comes out."""
-VERBATIM = (*PROMPTS, *FILES, "out", "store")
+VERBATIM = (*PROMPTS, *FILES, "out", "store", "bench.root")
 """Prompts and paths: any text at all."""
 
 
@@ -206,8 +210,8 @@ def _assemble(values: Mapping[str, Any]) -> Experiment:
         for part in path:
             place = place.setdefault(part, {})
         place[last] = value
-    tree = {"model": {}, "tracking": {}, **tree}
-    experiment = Experiment(**{**tree, "model": Model(**tree["model"]), "tracking": Tracking(**tree["tracking"])})
+    made = {name: cls(**tree.get(name, {})) for name, cls in TABLES.items()}
+    experiment = Experiment(**{**tree, **made})
     filled = _filled(experiment)
     return replace(experiment, **{table: filled[table] for table in keys.CHOSEN})
 
@@ -256,6 +260,8 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
         ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
         ("batch", e.batch, e.batch >= 1, "at least 1"),
         ("dilate", e.dilate, e.dilate >= 0, "at least 0"),
+        ("bench.count", e.bench.count, e.bench.count is None or e.bench.count >= 0, "at least 0"),
+        ("bench.sessions", e.bench.sessions, e.bench.sessions is None or e.bench.sessions >= 0, "at least 0"),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
         (
             "model.device",

@@ -201,8 +201,8 @@ def fields(module: str, name: str, prefix: str = "") -> list[Key]:
         if not isinstance(statement, ast.AnnAssign) or "ClassVar" in (annotation := ast.unparse(statement.annotation)):
             continue
         key = prefix + ast.unparse(statement.target)
-        if _is_class(module, annotation):
-            found |= {inner.name: inner for inner in fields(module, annotation, f"{key}.")}
+        if _is_class(*_where(module, annotation)):
+            found |= {inner.name: inner for inner in fields(*_where(module, annotation), f"{key}.")}
             continue
         said = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         kind = eval(annotation, {"__builtins__": {}}, TYPES)

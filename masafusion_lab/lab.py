@@ -59,8 +59,13 @@ class Lab:
         )
 
 
-def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
-    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError."""
+def build(
+    experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None
+) -> Lab:
+    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
+
+    `model`: the one that it names, where that is loaded already.
+    """
     inversion, method = config.inversion(experiment), config.method(experiment)
     if isinstance(inversion, NullText):
         inversion = inversion.resolved
@@ -71,7 +76,7 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
     if precision.endswith("-true") and precision != "32-true":
         raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
     store = Store(Path(experiment.store) if experiment.store else None)
-    model = StableDiffusion.load(**vars(experiment.model))
+    model = model or StableDiffusion.load(**vars(experiment.model))
     with undisturbed():
         make(model.device, experiment.trainer)
     return Lab(
@@ -147,7 +152,7 @@ def changes(experiment: config.Experiment, inversion: Any, method: Any) -> dict[
         default = type(it)()
         now[table] = settings(it)
         usual[table] = settings(getattr(default, "resolved", default)) | {"name": usual[table]["name"]}
-    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking"):
+    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking", "bench"):
         del now[unshown]
     before = dict(_flat(usual))
     return {key: value for key, value in _flat(now) if before.get(key) != value}

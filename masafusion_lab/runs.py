@@ -26,10 +26,11 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.interrupt import Interrupted
+from masafusion_lab.protocol import SELECTING
 
 log = logging.getLogger(__name__)
 
-INDIFFERENT = ("out", "store", "force", "batch", "tracking")
+INDIFFERENT = ("out", "store", "force", "batch", "tracking", *(f"bench.{key}" for key in SELECTING))
 """Keys of a configuration that change how fast and where results come and who hears of them, never the results."""
 
 REMEDY = "write elsewhere with out=FOLDER"
@@ -231,7 +232,8 @@ class Run:
 
     def _refuse_other(self, config: Path) -> None:
         then, now = _flat(config.read_bytes().decode("utf-8", "replace")), _flat(self.config_text)
-        if changed := [k for k in {**then, **now} if then.get(k) != now.get(k) and k.split(".")[0] not in INDIFFERENT]:
+        differ = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+        if changed := [k for k in differ if not any(f"{k}.".startswith(f"{key}.") for key in INDIFFERENT)]:
             said = "; ".join(f"{k}: {then.get(k)!r} there, {now.get(k)!r} now" for k in changed[:8])
             more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise InputError(

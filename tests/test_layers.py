@@ -9,15 +9,15 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion attention words hub",
-    "lockstep model loading",
+    "schedule fusion attention words hub metrics ranks protocol",
+    "lockstep model loading encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking",
-    "config configfile keys request manual lab phases cli progress doctor sync",
+    "config configfile keys request manual lab phases cli progress doctor sync bench scoring tables benchpage",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
-LOADERS = {"model", "loading", "hub"}
+LOADERS = {"model", "loading", "hub", "encoders"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 

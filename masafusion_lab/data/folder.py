@@ -65,12 +65,17 @@ def read_cases(path: Path) -> list[Case]:
         elif case is not None:
             cases[case.id], first[case.id] = case, where
         problems += [f"{where}: {why}" for why in wrong]
+    return told(path, list(cases.values()), problems, f"; columns are {', '.join(COLUMNS)}")
+
+
+def told(path: Path, cases: list[Case], problems: list[str], remedy: str = "; copy it again") -> list[Case]:
+    """The cases of a set, unless there are problems with it or none in it. Raises InputError, a line a problem."""
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise InputError("\n  ".join([f"{path}: cannot be used:", *problems[:20], *more]))
     if not cases:
-        raise InputError(f"{path}: holds no cases; columns are {', '.join(COLUMNS)}")
-    return list(cases.values())
+        raise InputError(f"{path}: holds no cases{remedy}")
+    return cases
 
 
 def _pictures(folder: Path) -> list[Row]:
@@ -193,7 +198,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
         if column in COLUMNS and column != "box" and not isinstance(row[column], str):
             wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    files = {c: _inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
+    files = {c: inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
     box = _box(row["box"], wrong) if row.get("box") else None
     if not row.get("image"):
         wrong.append("has no image")
@@ -214,7 +219,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
     )
 
 
-def _inside(column: str, value: str, root: Path, wrong: list[str]) -> Path | None:
+def inside(column: str, value: str, root: Path, wrong: list[str]) -> Path | None:
     """The file that a manifest names, if it is there and inside the manifest's folder."""
     try:
         path = (root / value).resolve()

@@ -1,0 +1,246 @@
+"""How near an edited picture is to what was asked: MagicBrush's and PIE-Bench's metrics, as published and area-correct.
+
+Where a published form depends on how much of the picture is kept, the form that does not stands beside it: with a part k
+of the pixels kept, mse = k mse_area, so psnr = psnr_area - 10 log10 k, and ssim = k ssim_area + (1 - k) of the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from masafusion_lab import InputError
+
+IDENTICAL = 100.0
+"""dB of two pictures that are equal, or so nearly that 8 bits cannot tell; infinity has no mean."""
+
+
+class Encoders(Protocol):
+    """Networks that look at a picture (3, H, W) in [0, 1] or read a text; InputError where one cannot be had."""
+
+    def clip(self, picture: Tensor) -> Tensor:
+        """CLIP's embedding (d,) of a picture."""
+
+    def text(self, words: str) -> Tensor:
+        """CLIP's embedding (d,) of a text."""
+
+    def dino(self, picture: Tensor) -> Tensor:
+        """DINO's class token (d,)."""
+
+    def keys(self, picture: Tensor) -> Tensor:
+        """The keys (tokens, d) of DINO's last layer, its heads side by side; levels are taken as they are given."""
+
+    def lpips(self, a: Tensor, b: Tensor) -> Tensor:
+        """The learned perceptual distance of two pictures, a scalar."""
+
+    def done(self, picture: Tensor, drawn: Any) -> Tensor:
+        """Whether the judge finds an edit of the picture-book world done, 0 or 1."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An edited picture beside what it is compared with; pictures (3, H, W) in [0, 1].
+
+    `edited` is as it was made, `at_source` and `at_truth` the same at the size of `source` and of `truth`, what a
+    perfect edit gives; `mask` (1, H, W) of the source's size is 1 where it was to be edited. `target` and `local` are
+    texts: the whole result, and what the edit brings in. `drawn`: the picture-book world's own description.
+    """
+
+    edited: Tensor
+    source: Tensor
+    at_source: Tensor
+    target: str = ""
+    local: str = ""
+    truth: Tensor | None = None
+    at_truth: Tensor | None = None
+    mask: Tensor | None = None
+    drawn: Any = None
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean |a - b|."""
+    return (a - b).abs().mean()
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Mean (a - b)^2, which MagicBrush calls L2."""
+    return (a - b).square().mean()
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine of two vectors, in double precision as MagicBrush's."""
+    a, b = a.double().flatten(), b.double().flatten()
+    return a @ b / (a.norm() * b.norm())
+
+
+def psnr(mse: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of a mean squared error of pictures in [0, 1]; at most IDENTICAL."""
+    return (-10 * mse.double().log10()).clamp(max=IDENTICAL)
+
+
+def mse_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
+    """Mean squared error of what is kept (mask 0): over the kept pixels, or as PIE-Bench over all, edited ones black."""
+    keep = _some(1 - mask, "the mask leaves nothing outside").expand_as(a)
+    total = ((a - b) * keep).double().square().sum()
+    return total / (keep.sum() if area else keep.numel())
+
+
+def ssim_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
+    """Mean SSIM of two pictures whose edited pixels are black: over the kept pixels, or as PIE-Bench over all."""
+    keep = _some(1 - mask, "the mask leaves nothing outside")
+    _, full = structural_similarity_index_measure(
+        (a * keep)[None], (b * keep)[None], data_range=1.0, return_full_image=True
+    )
+    edge = 5  # half of the window of 11, where the map is not read
+    inner = (slice(edge, -edge), slice(edge, -edge))
+    where = keep[0][inner] if area else torch.ones_like(keep[0][inner])
+    return (full[0].mean(0)[inner] * where).sum() / _some(where, "the mask leaves nothing outside but the border").sum()
+
+
+def self_similarity(keys: Tensor) -> Tensor:
+    """The cosines (tokens, tokens) of all pairs of tokens."""
+    size = keys.norm(dim=1, keepdim=True)
+    return keys @ keys.T / (size @ size.T).clamp(min=1e-8)
+
+
+def structure(a: Tensor, b: Tensor) -> Tensor:
+    """Structure distance (Tumanyan et al. 2022) of keys (tokens, d): the MSE of their self-similarities."""
+    return l2(self_similarity(a), self_similarity(b))
+
+
+def cut_out(picture: Tensor, mask: Tensor) -> Tensor:
+    """The smallest rectangle of a picture that holds the mask."""
+    rows, columns = (_some(mask, "the mask is empty")[0].amax(dim).nonzero().flatten() for dim in (1, 0))
+    return picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _some(region: Tensor, why_not: str) -> Tensor:
+    if not region.any():
+        raise InputError(why_not)
+    return region
+
+
+def _truth(pair: Pair) -> tuple[Tensor, Tensor]:
+    if pair.truth is None or pair.at_truth is None:
+        raise InputError("no target picture is known")
+    return pair.at_truth, pair.truth
+
+
+def _mask(pair: Pair) -> Tensor:
+    if pair.mask is None:
+        raise InputError("no region is given")
+    return pair.mask
+
+
+def _kept(of: Callable[..., Tensor], area: bool) -> Callable[[Pair, Encoders], Tensor]:
+    return lambda pair, see: of(pair.at_source, pair.source, _mask(pair), area=area)
+
+
+def _psnr_kept(area: bool) -> Callable[[Pair, Encoders], Tensor]:
+    return lambda pair, see: psnr(mse_kept(pair.at_source, pair.source, _mask(pair), area=area))
+
+
+def _lpips(pair: Pair, see: Encoders) -> Tensor:
+    keep = _some(1 - _mask(pair), "the mask leaves nothing outside")
+    return see.lpips(pair.at_source * keep, pair.source * keep)
+
+
+def _clip_score(see: Encoders, picture: Tensor, text: str) -> Tensor:
+    """100 times the cosine, at least 0: torchmetrics' CLIPScore, which PIE-Bench takes."""
+    return (100 * cosine(see.clip(picture), see.text(text))).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of a table: what it is of one pair (InputError saying why where it has no value), and how it is shown.
+
+    Shown is `times` the value under `title`, with so many `digits`.
+    """
+
+    title: str
+    higher_is_better: bool
+    of: Callable[[Pair, Encoders], Tensor]
+    times: float = 1
+    digits: int = 3
+
+
+MEASURES: dict[str, Measure] = {
+    # MagicBrush (Zhang et al. 2023, evaluation/image_eval.py), against the target picture at its own size
+    "l1": Measure("L1", False, lambda pair, see: l1(*_truth(pair)), digits=4),
+    "l2": Measure("L2", False, lambda pair, see: l2(*_truth(pair)), digits=4),
+    "clip_i": Measure("CLIP-I", True, lambda p, see: cosine(see.clip(p.edited), see.clip(_truth(p)[1])), digits=4),
+    "dino": Measure("DINO", True, lambda p, see: cosine(see.dino(p.edited), see.dino(_truth(p)[1])), digits=4),
+    "clip_t": Measure("CLIP-T", True, lambda p, see: cosine(see.clip(p.edited), see.text(p.local)), digits=4),
+    "clip_t_global": Measure(
+        "CLIP-T global", True, lambda p, see: cosine(see.clip(p.edited), see.text(p.target)), digits=4
+    ),
+    # PIE-Bench (Ju et al. 2024, evaluation/matrics_calculator.py), against the source; "kept" is outside the region
+    "structure": Measure(
+        "structure x1e3", False, lambda p, see: structure(see.keys(255 * p.at_source), see.keys(255 * p.source)), 1e3, 2
+    ),  # levels of 0 to 255, where the network wants 0 to 1
+    "psnr": Measure("PSNR kept", True, _psnr_kept(area=False), digits=2),
+    "lpips": Measure("LPIPS kept x1e3", False, _lpips, 1e3, 2),
+    "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 1e4, 2),
+    "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 1e2, 2),
+    "clip_whole": Measure("CLIP whole", True, lambda p, see: _clip_score(see, p.edited, p.target), digits=2),
+    "clip_edited": Measure(
+        "CLIP edited", True, lambda p, see: _clip_score(see, p.at_source * _some(_mask(p), "the mask is empty"), p.target),
+        digits=2,
+    ),
+    # The same, independent of how large the region is, and with levels as the network was trained on
+    "structure_unit": Measure(
+        "structure, levels 0-1, x1e3", False, lambda p, see: structure(see.keys(p.at_source), see.keys(p.source)), 1e3, 2
+    ),
+    "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), digits=2),
+    "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 1e4, 2),
+    "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 1e2, 2),
+    "clip_cut": Measure(
+        "CLIP edited, cut out", True, lambda p, see: _clip_score(see, cut_out(p.at_source, _mask(p)), p.target), digits=2
+    ),
+    # The picture-book world's judge
+    "done": Measure("edit done", True, lambda p, see: see.done(p.edited, p.drawn), digits=2),
+}  # fmt: skip
+"""Name to measure."""
+
+
+def measure(name: str, pair: Pair, see: Encoders) -> tuple[float, str]:
+    """A measure of a pair, and why it has none: NaN where it has no value or that is not finite."""
+    try:
+        value = float(MEASURES[name].of(pair, see))
+    except InputError as error:
+        return float("nan"), str(error)
+    return (value, "") if value - value == 0 else (float("nan"), f"is {value}")
+
+
+class Mean(Metric):
+    """The mean of a measure over pairs, in torchmetrics' form; pairs without a value are left out and counted."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+    missing: Tensor
+
+    def __init__(self, name: str, see: Encoders) -> None:
+        super().__init__()
+        self.name, self.see, self.higher_is_better = name, see, MEASURES[name].higher_is_better
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for state in ("count", "missing"):
+            self.add_state(state, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, pair: Pair) -> None:
+        """Count a pair in."""
+        value, why_not = measure(self.name, pair, self.see)
+        self.missing += bool(why_not)
+        if not why_not:
+            self.total += value
+            self.count += 1
+
+    def compute(self) -> Tensor:
+        """The mean; NaN of nothing."""
+        return self.total / self.count
