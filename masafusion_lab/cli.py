@@ -1,4 +1,4 @@
-"""The command line: masafusion edit | invert | doctor | sync | cache. What people read is written here."""
+"""The command line: masafusion edit | invert | bench | score | doctor | sync | cache. What people read is here."""
 
 from __future__ import annotations
 
@@ -91,6 +91,42 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
         for case, _, found in phases.invert(lab, cases, loggers=loggers):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
+
+
+@app.command(cls=WithKeys)
+def bench(
+    words: Words = None,
+    files: Files = None,
+    status: Annotated[bool, typer.Option("--status", help="Only say how far it is.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Ten cases, in a folder of their own.")] = False,
+) -> None:
+    """Run a benchmark (--config configs/table1_picturebook.yaml), or go on with it: every row over every case."""
+    from masafusion_lab import bench as benches
+    from masafusion_lab import publish
+
+    experiment, benchmark = benches.read(files or (), words or (), quick)
+    if status:
+        publish.print_progress(benchmark)
+        return
+    with recorded(experiment):
+        benches.edit(benchmark, track=bar)
+        publish.print_scores(experiment, benchmark)
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="Of a benchmark.")],
+    words: Words = None,
+) -> None:
+    """Take a benchmark's measures anew from its saved pictures, and write its tables and page anew."""
+    from masafusion_lab import bench as benches
+    from masafusion_lab import publish
+
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: holds no benchmark; give the folder that masafusion bench wrote")
+    experiment, benchmark = benches.read([folder / "config.yaml"], [*(words or ()), f"out={folder}"])
+    with recorded(experiment):
+        publish.print_scores(experiment, benchmark, again=True)
 
 
 @app.command()

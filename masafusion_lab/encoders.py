@@ -70,9 +70,7 @@ class Networks:
     what "clip", "dino" and "keys" are shown, as in VIEWS. One that cannot be had is an InputError at every call.
     """
 
-    def __init__(
-        self, places: Mapping[str, str], views: Mapping[str, str], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, places: Mapping[str, str], views: Mapping[str, str], device: torch.device | str = "cpu") -> None:
         self.places, self.views, self.device = places, {name: VIEWS[view] for name, view in views.items()}, device
         self._found: dict[str, Any] = {}
 
@@ -98,7 +96,9 @@ class Networks:
         """CLIP's embedding (d,) of a text; what is beyond its length is not read."""
         model, tokenizer = self._get("clip")
         length = model.config.text_config.max_position_embeddings
-        ids = tokenizer([words], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            [words], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         return model.get_text_features(input_ids=ids.to(self.device)).pooler_output[0].cpu()
 
     @torch.no_grad()

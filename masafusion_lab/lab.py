@@ -59,9 +59,7 @@ class Lab:
         )
 
 
-def build(
-    experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None
-) -> Lab:
+def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
     """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
 
     `model`: the one that it names, where that is loaded already.

@@ -1,14 +1,14 @@
-"""How near an edited picture is to what was asked: MagicBrush's and PIE-Bench's metrics, as published and area-correct.
+"""How near an edited picture is to what was asked: the metrics of MagicBrush and PIE-Bench, and area-correct ones.
 
-Where a published form depends on how much of the picture is kept, the form that does not stands beside it: with a part k
-of the pixels kept, mse = k mse_area, so psnr = psnr_area - 10 log10 k, and ssim = k ssim_area + (1 - k) of the rest.
+Where a published form depends on how much of the picture is kept, one that does not stands beside it: with a part k of
+the pixels kept, mse = k mse_area, so psnr = psnr_area - 10 log10 k, and ssim = k ssim_area + (1 - k) of the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -85,14 +85,14 @@ def psnr(mse: Tensor) -> Tensor:
 
 
 def mse_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
-    """Mean squared error of what is kept (mask 0): over the kept pixels, or as PIE-Bench over all, edited ones black."""
+    """Mean squared error of what is kept (mask 0): over the kept pixels, or, as PIE-Bench, over all, the rest black."""
     keep = _some(1 - mask, "the mask leaves nothing outside").expand_as(a)
     total = ((a - b) * keep).double().square().sum()
     return total / (keep.sum() if area else keep.numel())
 
 
 def ssim_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
-    """Mean SSIM of two pictures whose edited pixels are black: over the kept pixels, or as PIE-Bench over all."""
+    """Mean SSIM of two pictures whose edited pixels are black: over the kept pixels, or, as PIE-Bench, over all."""
     keep = _some(1 - mask, "the mask leaves nothing outside")
     _, full = structural_similarity_index_measure(
         (a * keep)[None], (b * keep)[None], data_range=1.0, return_full_image=True
@@ -138,11 +138,14 @@ def _mask(pair: Pair) -> Tensor:
     return pair.mask
 
 
-def _kept(of: Callable[..., Tensor], area: bool) -> Callable[[Pair, Encoders], Tensor]:
+Of: TypeAlias = Callable[[Pair, Encoders], Tensor]
+
+
+def _kept(of: Callable[..., Tensor], *, area: bool) -> Of:
     return lambda pair, see: of(pair.at_source, pair.source, _mask(pair), area=area)
 
 
-def _psnr_kept(area: bool) -> Callable[[Pair, Encoders], Tensor]:
+def _psnr_kept(*, area: bool) -> Of:
     return lambda pair, see: psnr(mse_kept(pair.at_source, pair.source, _mask(pair), area=area))
 
 
@@ -151,9 +154,29 @@ def _lpips(pair: Pair, see: Encoders) -> Tensor:
     return see.lpips(pair.at_source * keep, pair.source * keep)
 
 
-def _clip_score(see: Encoders, picture: Tensor, text: str) -> Tensor:
-    """100 times the cosine, at least 0: torchmetrics' CLIPScore, which PIE-Bench takes."""
-    return (100 * cosine(see.clip(picture), see.text(text))).clamp(min=0)
+def _structure(levels: float) -> Of:
+    return lambda pair, see: structure(see.keys(levels * pair.at_source), see.keys(levels * pair.source))
+
+
+def _to_truth(encode: str) -> Of:
+    def of(pair: Pair, see: Encoders) -> Tensor:
+        look, truth = getattr(see, encode), _truth(pair)[1]
+        return cosine(look(pair.edited), look(truth))
+
+    return of
+
+
+def _to_text(text: str) -> Of:
+    return lambda pair, see: cosine(see.clip(pair.edited), see.text(getattr(pair, text)))
+
+
+def _clip_score(shown: Callable[[Pair], Tensor]) -> Of:
+    """100 times the cosine to the target prompt, at least 0: torchmetrics' CLIPScore, which PIE-Bench takes."""
+    return lambda pair, see: (100 * cosine(see.clip(shown(pair)), see.text(pair.target))).clamp(min=0)
+
+
+def _blacked_out(pair: Pair) -> Tensor:
+    return pair.at_source * _some(_mask(pair), "the mask is empty")
 
 
 @dataclass(frozen=True)
@@ -165,47 +188,36 @@ class Measure:
 
     title: str
     higher_is_better: bool
-    of: Callable[[Pair, Encoders], Tensor]
+    of: Of
+    digits: int = 4
     times: float = 1
-    digits: int = 3
 
 
 MEASURES: dict[str, Measure] = {
     # MagicBrush (Zhang et al. 2023, evaluation/image_eval.py), against the target picture at its own size
-    "l1": Measure("L1", False, lambda pair, see: l1(*_truth(pair)), digits=4),
-    "l2": Measure("L2", False, lambda pair, see: l2(*_truth(pair)), digits=4),
-    "clip_i": Measure("CLIP-I", True, lambda p, see: cosine(see.clip(p.edited), see.clip(_truth(p)[1])), digits=4),
-    "dino": Measure("DINO", True, lambda p, see: cosine(see.dino(p.edited), see.dino(_truth(p)[1])), digits=4),
-    "clip_t": Measure("CLIP-T", True, lambda p, see: cosine(see.clip(p.edited), see.text(p.local)), digits=4),
-    "clip_t_global": Measure(
-        "CLIP-T global", True, lambda p, see: cosine(see.clip(p.edited), see.text(p.target)), digits=4
-    ),
+    "l1": Measure("L1", False, lambda pair, see: l1(*_truth(pair))),
+    "l2": Measure("L2", False, lambda pair, see: l2(*_truth(pair))),
+    "clip_i": Measure("CLIP-I", True, _to_truth("clip")),
+    "dino": Measure("DINO", True, _to_truth("dino")),
+    "clip_t": Measure("CLIP-T", True, _to_text("local")),
+    "clip_t_global": Measure("CLIP-T global", True, _to_text("target")),
     # PIE-Bench (Ju et al. 2024, evaluation/matrics_calculator.py), against the source; "kept" is outside the region
-    "structure": Measure(
-        "structure x1e3", False, lambda p, see: structure(see.keys(255 * p.at_source), see.keys(255 * p.source)), 1e3, 2
-    ),  # levels of 0 to 255, where the network wants 0 to 1
-    "psnr": Measure("PSNR kept", True, _psnr_kept(area=False), digits=2),
-    "lpips": Measure("LPIPS kept x1e3", False, _lpips, 1e3, 2),
-    "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 1e4, 2),
-    "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 1e2, 2),
-    "clip_whole": Measure("CLIP whole", True, lambda p, see: _clip_score(see, p.edited, p.target), digits=2),
-    "clip_edited": Measure(
-        "CLIP edited", True, lambda p, see: _clip_score(see, p.at_source * _some(_mask(p), "the mask is empty"), p.target),
-        digits=2,
-    ),
-    # The same, independent of how large the region is, and with levels as the network was trained on
-    "structure_unit": Measure(
-        "structure, levels 0-1, x1e3", False, lambda p, see: structure(see.keys(p.at_source), see.keys(p.source)), 1e3, 2
-    ),
-    "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), digits=2),
-    "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 1e4, 2),
-    "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 1e2, 2),
-    "clip_cut": Measure(
-        "CLIP edited, cut out", True, lambda p, see: _clip_score(see, cut_out(p.at_source, _mask(p)), p.target), digits=2
-    ),
-    # The picture-book world's judge
-    "done": Measure("edit done", True, lambda p, see: see.done(p.edited, p.drawn), digits=2),
-}  # fmt: skip
+    "structure": Measure("structure x1e3", False, _structure(255), 2, 1e3),  # levels that the network was not made for
+    "psnr": Measure("PSNR kept", True, _psnr_kept(area=False), 2),
+    "lpips": Measure("LPIPS kept x1e3", False, _lpips, 2, 1e3),
+    "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 2, 1e4),
+    "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 2, 1e2),
+    "clip_whole": Measure("CLIP whole", True, _clip_score(lambda pair: pair.edited), 2),
+    "clip_edited": Measure("CLIP edited", True, _clip_score(_blacked_out), 2),
+    # the same, with levels of 0 to 1, and independent of how large the region is
+    "structure_unit": Measure("structure, levels 0-1, x1e3", False, _structure(1), 2, 1e3),
+    "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), 2),
+    "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 2, 1e4),
+    "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 2, 1e2),
+    "clip_cut": Measure("CLIP edited, cut out", True, _clip_score(lambda p: cut_out(p.at_source, _mask(p))), 2),
+    # the picture-book world's judge
+    "done": Measure("edit done", True, lambda pair, see: see.done(pair.edited, pair.drawn), 2),
+}
 """Name to measure."""
 
 

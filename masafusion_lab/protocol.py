@@ -1,4 +1,4 @@
-"""What a benchmark fixes, as data: which rows, which cases, which columns through which networks. Nothing heavy here."""
+"""What a benchmark fixes, as data: which rows, which cases, which columns through which networks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Bench:
     turns: Literal["both", "single", "multi"] = "both"
     """single: every turn starts from the set's picture; multi: from the method's own result of the turn before."""
     hint: Literal["", "sketch", "canny"] = ""
-    """Of real sets: the condition, drawn from the target picture (an oracle, as in the paper); a sketch needs pidinet=."""
+    """Of real sets: the condition drawn from the target picture, as in the paper; a sketch needs pidinet=FILE."""
     rows: dict[str, str] = field(default_factory=dict)
     """By name what is compared: the keys in which a row differs, as "method.name=plain inversion.name=ddim"."""
     only: list[str] = field(default_factory=list)

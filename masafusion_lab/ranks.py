@@ -20,9 +20,9 @@ LEVEL = 0.95
 class Standing:
     """What R rows reach in M columns, float64 (R, M), NaN where there is nothing.
 
-    `mean`, with its interval `low` to `high`; `count` of cases with a value; `rank`, 1 the best, ties averaged; `worse`:
-    whether the row is worse than the column's best by more than chance. `average` (R,) over the columns that a row has,
-    with its interval.
+    `mean`, with its interval `low` to `high`; `count` of cases with a value; `rank`, 1 the best, ties averaged;
+    `worse`: whether the row is worse than the column's best by more than chance. `average` (R,) over the columns
+    that a row has, with its interval.
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ def ranks(means: Tensor, higher: Sequence[bool]) -> Tensor:
 
 
 def resampled(groups: Sequence[object], draws: int, seed: int) -> Tensor:
-    """How often each case is drawn, (draws, N): as many groups as there are, with replacement, each with all its cases."""
+    """How often each case is drawn, (draws, N): as many groups as there are, with replacement, all cases of each."""
     known = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([known[group] for group in groups], dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)

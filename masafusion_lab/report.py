@@ -50,7 +50,7 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     before, after = difference(result["prompts"]["source"], result["prompts"]["target"])
     pictures = [name for name in result["files"] if name.endswith(".png") and not name.startswith("strip")]
-    page = _template().render(
+    page = template("report.html").render(
         result=result,
         before=before,
         after=after,
@@ -81,7 +81,8 @@ def decibels(value: Any) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page of the package's, in which no text becomes markup."""
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("masafusion_lab"),
         autoescape=True,
@@ -90,4 +91,4 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     pages.filters["decibels"] = decibels
-    return pages.get_template("report.html")
+    return pages.get_template(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -125,6 +125,14 @@ def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], ste
             logger.experiment.add_image(f"{key}/{name}", array, step, dataformats="HWC")
 
 
+def log_table(logger: Any, key: str, columns: Sequence[str], lines: list[list[Any]]) -> None:
+    """Record a table, where a logger can."""
+    if isinstance(logger, Guarded):
+        logger.attempt(log_table, logger.logger, key, columns, lines)
+    elif isinstance(logger, WandbLogger):
+        logger.log_table(key, columns=list(columns), data=lines)
+
+
 def mode_of_environment() -> str:
     """The mode that WANDB_MODE says, or that follows from there being a key."""
     if wish := os.environ.get("WANDB_MODE"):
@@ -149,7 +157,7 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "group": tracking.group or None,
         "name": tracking.name or folder.resolve().name,
         "tags": list(tracking.tags),
-        "job_type": "invert" if experiment.cases else "edit",
+        "job_type": "bench" if experiment.bench.rows else "invert" if experiment.cases else "edit",
         "id": identity.read_text(encoding="utf-8"),
         "dir": str(folder),
         "reinit": "create_new",

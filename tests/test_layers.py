@@ -14,7 +14,7 @@ LAYERS = [
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking",
-    "config configfile keys request manual lab phases cli progress doctor sync bench scoring tables benchpage",
+    "config configfile keys request manual lab phases cli progress doctor sync bench scoring tables benchpage publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub", "encoders"}

@@ -127,16 +127,31 @@ def _csv(text: str) -> Iterator[Row]:
         raise _Bad(line, f"is not CSV ({error})") from None
 
 
-def _jsonl(text: str) -> Iterator[Row]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key twice")
-        return dict(pairs)
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file of a set, in which no key is there twice. Raises InputError with the remedy."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        if isinstance(found, dict):
+            return found
+        raise ValueError("not an object")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from None
 
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} twice")
+    return dict(pairs)
+
+
+def _jsonl(text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=once)
+                row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 raise _Bad(number, f"is not JSON ({error})") from None
             if not isinstance(row, dict):

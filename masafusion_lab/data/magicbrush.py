@@ -9,7 +9,6 @@ A mask is transparent where the edit takes place. Prompts are the global descrip
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case, Made
-from masafusion_lab.data.folder import inside, told
+from masafusion_lab.data.folder import inside, read_object, told
 
 LOCAL = ("local_descriptions.json", "local_captions.json")
 
@@ -30,6 +29,7 @@ def read_sessions(root: Path) -> list[Case]:
     root = Path(root)
     sessions = _table(root, "edit_sessions.json")
     whole, local = _table(root, "global_descriptions.json"), _table(root, *LOCAL)
+    described = (whole, "input", "global"), (whole, "output", "global"), (local, "output", "local")
     images, problems, cases = (root / "images").resolve(), list[str](), list[Case]()
     for session, turns in sessions.items():
         for k, turn in enumerate(turns if isinstance(turns, list) else [turns], 1):
@@ -40,9 +40,8 @@ def read_sessions(root: Path) -> list[Case]:
                 continue
             files = {part: inside(part, f"{session}/{name}", images, wrong) for part, name in names.items()}
             source, target, caption = (
-                _text(table, session, str(names[part]), what, wrong)
-                for table, part, what in ((whole, "input", "global"), (whole, "output", "global"), (local, "output", "local"))
-            )  # fmt: skip
+                _text(table, session, str(names[part]), what, wrong) for table, part, what in described
+            )
             problems += [f"{where}: {why}" for why in wrong]
             if not wrong:
                 mask = files["mask"]
@@ -75,14 +74,14 @@ def transparent(path: Path) -> Image.Image:
 def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
     """Bring the hub's parquet files of a split (data/SPLIT-*.parquet below root) into the archives' layout in `folder`.
 
-    Descriptions are not in them: those beside `root`'s data are copied. Raises InputError where there are no such files.
+    Descriptions are not in them: those that lie in `root` are copied. Raises InputError where there are no such files.
     """
     from masafusion_lab.runs import write_json, write_picture, write_text
 
     try:
         from pyarrow import parquet
     except ImportError:
-        raise InputError(f"{root}: parquet files are read by pyarrow, which is not installed: pip install pyarrow") from None
+        raise InputError(f"{root}: its parquet files are read by pyarrow: pip install pyarrow") from None
     files = sorted(Path(root).glob(f"data/{split}-*.parquet"))
     if not files:
         raise InputError(f"{root}: has neither edit_sessions.json nor data/{split}-*.parquet; unpack the archive there")
@@ -113,15 +112,7 @@ def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
 def _table(root: Path, *names: str) -> Mapping[str, Any]:
     """The object in the first of these JSON files that is there."""
     path = next((root / name for name in names if (root / name).is_file()), root / names[0])
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        raise ValueError("not an object")
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; give bench.root=FOLDER with the whole archive of the test or dev set") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); unpack it again") from None
+    return read_object(path, "give bench.root=FOLDER with the whole archive of the test or dev set")
 
 
 def _text(table: Mapping[str, Any], session: str, name: str, what: str, wrong: list[str]) -> str:

@@ -1,12 +1,11 @@
 """Cases of PIE-Bench (Ju et al. 2024): mapping_file.json and annotation_images/ below a folder.
 
-A mask is a list start, length, start, length, ... over the pixels of 512x512 by rows; the border of one pixel belongs to
-it whatever the list says. Square brackets in prompts mark the words that differ, and are no part of them.
+A mask is a list start, length, start, length, ... over the pixels of 512x512 by rows; the border of one pixel belongs
+to it whatever the list says. Square brackets in prompts mark the words that differ, and are no part of them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,28 +14,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from masafusion_lab import InputError
 from masafusion_lab.data.case import Case, Made
-from masafusion_lab.data.folder import inside, told
+from masafusion_lab.data.folder import inside, read_object, told
 
 SIDE = 512
 KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
          "change material", "change background", "change style")  # fmt: skip
 """By editing_type_id."""
+BRACKETS = str.maketrans("", "", "[]")
 
 
 def read_cases(root: Path) -> list[Case]:
     """The cases in the mapping file's order; raises InputError with all that is missing or misshapen, a line each."""
     root = Path(root)
-    path = root / "mapping_file.json"
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-        if not isinstance(mapping, dict):
-            raise ValueError("not an object")
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; give bench.root=FOLDER with mapping_file.json and annotation_images") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); unpack it again") from None
+    mapping = read_object(root / "mapping_file.json", "give bench.root=FOLDER with it and annotation_images")
     images, problems, cases = (root / "annotation_images").resolve(), list[str](), list[Case]()
     for id, entry in mapping.items():
         wrong: list[str] = []
@@ -72,7 +63,7 @@ def _case(id: str, entry: dict[str, Any], images: Path, wrong: list[str]) -> Cas
     image = None if wrong else inside("image_path", str(texts["image_path"]), images, wrong)
     if image is None:
         return None
-    source, target = (str(texts[key]).replace("[", "").replace("]", "") for key in ("original_prompt", "editing_prompt"))
+    source, target = (str(texts[key]).translate(BRACKETS) for key in ("original_prompt", "editing_prompt"))
     mask = Made(f"{id}: its mask", partial(_picture, runs))  # type: ignore[arg-type]
     instruction = str(entry.get("editing_instruction", ""))
     return Case(id, image, source, target, instruction, mask=mask, kind=KINDS[int(kind)])
@@ -80,11 +71,3 @@ def _case(id: str, entry: dict[str, Any], images: Path, wrong: list[str]) -> Cas
 
 def _picture(runs: Sequence[int]) -> Image.Image:
     return Image.fromarray(decode(runs) * 255)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} is there twice")
-    return found
