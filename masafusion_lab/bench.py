@@ -11,13 +11,14 @@ import logging
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from masafusion_lab import InputError, config, interrupt, phases, protocol
-from masafusion_lab.data import sets
+from masafusion_lab.data import pictures, sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, settings
@@ -121,17 +122,28 @@ def edit(bench: Benchmark, *, track: Track = silent) -> None:
     """
     rows = {name: list(bench.cells(name)) for name in bench.rows}
     labs = _labs(bench)
-    for batch in track([batch for cells in rows.values() for batch in _batches(cells, bench)], "editing"):
-        name, row = batch[0].row, bench.rows[batch[0].row]
-        lab = labs(name, row)
-        ready = []
-        for cell in batch:
-            if isinstance(lab, str):
-                _fail(bench.at(cell), lab, bench.folder)
-            elif (case := _started(bench, cell)) is not None:
-                ready.append((cell, case))
-        if isinstance(lab, Lab) and ready:
-            _edit(lab, bench, ready)
+    with _unwarned():
+        for batch in track([batch for cells in rows.values() for batch in _batches(cells, bench)], "editing"):
+            lab = labs(batch[0].row, bench.rows[batch[0].row])
+            ready = []
+            for cell in batch:
+                if isinstance(lab, str):
+                    _fail(bench.at(cell), lab, bench.folder)
+                elif (case := _started(bench, cell)) is not None:
+                    ready.append((cell, case))
+            if isinstance(lab, Lab) and ready:
+                _edit(lab, bench, ready)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings of what is odd about a picture or mask: a set's are as they are, and each is read often."""
+    level = pictures.log.level
+    pictures.log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        pictures.log.setLevel(level)
 
 
 def _batches(cells: Sequence[Cell], bench: Benchmark) -> Iterator[list[Cell]]:

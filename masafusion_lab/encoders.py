@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from masafusion_lab import InputError
-from masafusion_lab.hub import PICTUREBOOK, check_weights, find, one_line
-from masafusion_lab.loading import quiet
+from masafusion_lab.hub import PICTUREBOOK, Files, check_weights, find, one_line
+from masafusion_lab.loading import quiet, weights
 from masafusion_lab.model import sha256
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -162,21 +162,20 @@ def _pretrained(cls: str, place: str, tokenizer: str = "", **options: Any) -> tu
         raise InputError(f"{place}: this installation's built-in model has no {built_in.name}")
     name, what = str(built_in) if place.startswith("picturebook/") else place, f"encoder {place}"
     root, fetch = find(name, "config.json", what)
-    weights = fetch("model.safetensors") or fetch("pytorch_model.bin")
-    if weights is None:
+    file = fetch("model.safetensors") or fetch("pytorch_model.bin")
+    if file is None:
         raise InputError(f"{what}: has no model.safetensors; half a copy, or no {cls}")
-    check_weights(weights)  # a pickle by torch's weights-only reader
+    check_weights(file)  # a pickle by torch's weights-only reader
     if tokenizer:
-        for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-            fetch(file)
-    safe = {"use_safetensors": weights.suffix == ".safetensors", "dtype": torch.float32}
-    try:
-        with quiet():
-            network = getattr(transformers, cls).from_pretrained(root, local_files_only=True, **safe, **options)
-            words = getattr(transformers, tokenizer).from_pretrained(root, local_files_only=True) if tokenizer else None
-    except Exception as error:  # whatever a library raises for files that do not fit
-        raise InputError(f"{what}: cannot be read as a {cls}: {one_line(error)}") from None
-    return network, words
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+            fetch(name)
+    files = Files(root, (file,), safe=file.suffix == ".safetensors")
+    with quiet():
+        network = weights(getattr(transformers, cls), files, torch.float32, **options)
+        try:
+            return network, getattr(transformers, tokenizer).from_pretrained(root, local_files_only=True) if tokenizer else None
+        except Exception as error:  # whatever a library raises
+            raise InputError(f"{what}: its tokenizer cannot be read: {one_line(error)}") from None
 
 
 def _judge(place: str) -> tuple[Any, None]:

@@ -58,10 +58,10 @@ def read(name: str, adapter: Mapping[str, str], dtype: torch.dtype) -> dict[str,
         autoencoder = getattr(diffusers, config["vae"].get("_class_name", "AutoencoderKL"))
         return {
             "tokenizer": _tokenizer(root, fetch, config["text_encoder"].get("vocab_size", 49408)),
-            "unet": _weights(diffusers.UNet2DConditionModel, files["unet"], dtype),
-            "vae": _weights(autoencoder, files["vae"], dtype),
-            "text_encoder": _weights(CLIPTextModel, files["text_encoder"], dtype),
-            "adapters": {kind: _weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
+            "unet": weights(diffusers.UNet2DConditionModel, files["unet"], dtype),
+            "vae": weights(autoencoder, files["vae"], dtype),
+            "text_encoder": weights(CLIPTextModel, files["text_encoder"], dtype),
+            "adapters": {kind: weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
             "config": noise,
         }
 
@@ -118,16 +118,16 @@ def _check_class(part: str, config: Mapping[str, Any], place: Path) -> None:
         raise InputError(f"{place}: is a {name}, must be {' or '.join(CLASSES[part])}")
 
 
-def _weights(cls: Any, files: Files, dtype: torch.dtype) -> Any:
-    """A part of class `cls` with its weights, all of them and no others."""
-    options = {"use_safetensors": files.safe, "variant": files.variant, "local_files_only": True}
+def weights(cls: Any, files: Files, dtype: torch.dtype, **more: Any) -> Any:
+    """A part of class `cls`, of `more` of its options, with its weights, all of them and no others."""
+    options = {"use_safetensors": files.safe, "variant": files.variant, "local_files_only": True, **more}
     try:
         model, info = cls.from_pretrained(files.folder, torch_dtype=dtype, output_loading_info=True, **options)
     except Exception as error:
         raise InputError(
             f"{files.folder}: weights and config.json do not fit, copy them again: {one_line(error)}"
         ) from None
-    foreign = [key for key in info["unexpected_keys"] if not re.search("position_ids|text_projection", key)]
+    foreign = [key for key in info["unexpected_keys"] if not re.search("position_ids|text_projection|pooler", key)]
     for problem, keys in (
         ("lack", info["missing_keys"]),
         ("hold besides", foreign),

@@ -97,10 +97,8 @@ def ssim_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
     _, full = structural_similarity_index_measure(
         (a * keep)[None], (b * keep)[None], data_range=1.0, return_full_image=True
     )
-    edge = 5  # half of the window of 11, where the map is not read
-    inner = (slice(edge, -edge), slice(edge, -edge))
-    where = keep[0][inner] if area else torch.ones_like(keep[0][inner])
-    return (full[0].mean(0)[inner] * where).sum() / _some(where, "the mask leaves nothing outside but the border").sum()
+    where = keep if area else torch.ones_like(keep)
+    return (full[0].mean(0) * where[0]).sum() / where.sum()
 
 
 def self_similarity(keys: Tensor) -> Tensor:
@@ -240,10 +238,15 @@ class Mean(Metric):
 
     def __init__(self, name: str, see: Encoders) -> None:
         super().__init__()
-        self.name, self.see, self.higher_is_better = name, see, MEASURES[name].higher_is_better
+        self.name, self.see = name, see
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for state in ("count", "missing"):
             self.add_state(state, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @property
+    def higher_is_better(self) -> bool:  # type: ignore[override]
+        """Whether a larger mean is a better one."""
+        return MEASURES[self.name].higher_is_better
 
     def update(self, pair: Pair) -> None:
         """Count a pair in."""

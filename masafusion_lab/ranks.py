@@ -48,7 +48,8 @@ def standing(
     """How rows stand by their values (R, M, N) in N cases; `higher`: of each column whether larger is better.
 
     Intervals are by a paired bootstrap: cases are drawn anew, the same for all rows, and those of one group (the turns
-    of a session) together. The average rank is over the columns `ranked` (None: all).
+    of a session) together; of a single group there are none, and nothing is clearly worse. The average rank is over the
+    columns `ranked` (None: all).
     """
     values = values.double()
     chosen = list(range(len(higher))) if ranked is None else list(ranked)
@@ -78,7 +79,9 @@ def resampled(groups: Sequence[object], draws: int, seed: int) -> Tensor:
     known = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     index = torch.tensor([known[group] for group in groups], dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    picked = torch.randint(max(1, len(known)), (draws, len(known)), generator=generator)
+    if len(known) < 2:  # which tells nothing of how they vary
+        return torch.zeros(1, len(groups), dtype=torch.float64)
+    picked = torch.randint(len(known), (draws, len(known)), generator=generator)
     times = torch.zeros(draws, len(known), dtype=torch.float64)
     times.scatter_add_(1, picked, torch.ones_like(picked, dtype=torch.float64))
     return times[:, index]

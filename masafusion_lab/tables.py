@@ -97,10 +97,13 @@ def cells(table: Table) -> Iterator[list[tuple[str, bool]]]:
                 out.append(("n/a", False))
                 continue
             half = float(s.high[r, m] - s.low[r, m]) / 2 * shown.times
-            text = f"{float(s.mean[r, m]) * shown.times:.{shown.digits}f}±{half:.{shown.digits}f}"
+            text = f"{float(s.mean[r, m]) * shown.times:.{shown.digits}f}"
+            text += f"±{half:.{shown.digits}f}" if math.isfinite(half) else ""
             few = f" ({int(s.count[r, m])})" if s.count[r, m] < table.cases else ""
             out.append((text + "*" * bool(s.worse[r, m]) + few, _is_least(s.rank[:, m], r)))
-        rank = f"{float(s.average[r]):.2f} [{float(s.average_low[r]):.1f}, {float(s.average_high[r]):.1f}]"
+        rank = f"{float(s.average[r]):.2f}"
+        if math.isfinite(s.average_low[r]):
+            rank += f" [{float(s.average_low[r]):.1f}, {float(s.average_high[r]):.1f}]"
         out.append((rank if math.isfinite(s.average[r]) else "n/a", _is_least(s.average, r)))
         yield out
 
