@@ -173,7 +173,9 @@ def _pretrained(cls: str, place: str, tokenizer: str = "", **options: Any) -> tu
     with quiet():
         network = weights(getattr(transformers, cls), files, torch.float32, **options)
         try:
-            return network, getattr(transformers, tokenizer).from_pretrained(root, local_files_only=True) if tokenizer else None
+            return network, getattr(transformers, tokenizer).from_pretrained(
+                root, local_files_only=True
+            ) if tokenizer else None
         except Exception as error:  # whatever a library raises
             raise InputError(f"{what}: its tokenizer cannot be read: {one_line(error)}") from None
 

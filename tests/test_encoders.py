@@ -1,4 +1,4 @@
-"""The networks of metrics: loaded from folders in the hub's layout, shown what their authors show them, or said to lack."""
+"""The networks of metrics: from folders in the hub's layout, shown what their authors show them, or said to lack."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,9 @@ def test_clip_is_shown_what_its_own_processor_makes(places, networks):
 
 def test_dino_is_shown_the_middle_224_pixels_of_a_short_side_of_256():
     picture = noise(2)
-    image = Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).resize((384, 256), Image.Resampling.BICUBIC)
+    image = Image.fromarray((picture * 255).byte().permute(1, 2, 0).numpy()).resize(
+        (384, 256), Image.Resampling.BICUBIC
+    )
     crop = np.asarray(image.crop((80, 16, 304, 240)), np.float32) / 255
     want = (crop - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(VIEWS["dino"](picture, 224)[0].permute(1, 2, 0), want, atol=1e-5)

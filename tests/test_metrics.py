@@ -1,4 +1,4 @@
-"""Metrics against independent arithmetic: MagicBrush's and PIE-Bench's scripts, and the closed forms between both modes."""
+"""Metrics against independent arithmetic: the scripts of MagicBrush and PIE-Bench, and closed forms between modes."""
 
 import math
 

@@ -51,7 +51,12 @@ def brush(tmp_path):
             mask((192, 128) if k == 2 else SIZE).save(folder / f"{name}-mask{k}.png")
             before = f"{name}-output{k - 1}.png" if k > 1 else f"{name}-input.png"
             sessions[name].append(
-                {"input": before, "mask": f"{name}-mask{k}.png", "output": f"{name}-output{k}.png", "instruction": f"do {k}"}
+                {
+                    "input": before,
+                    "mask": f"{name}-mask{k}.png",
+                    "output": f"{name}-output{k}.png",
+                    "instruction": f"do {k}",
+                }
             )
             whole[name][f"{name}-output{k}.png"] = f"scene {name} after {k}"
             local[name][f"{name}-output{k}.png"] = "" if k == 3 else f"thing {k}"
@@ -146,7 +151,7 @@ def test_magicbrushs_parquet_becomes_the_archives_layout(brush, tmp_path):
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), hub / "data" / "dev-00000-of-00001.parquet")
-    with pytest.raises(InputError, match="global_descriptions.json: missing"):
+    with pytest.raises(InputError, match=r"global_descriptions\.json: missing"):
         cases(Bench(data="magicbrush", root=str(hub)), tmp_path / "out")
     for name in ("global_descriptions.json", "local_descriptions.json"):
         (hub / name).write_bytes((brush / name).read_bytes())
