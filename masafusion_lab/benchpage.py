@@ -12,10 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from masafusion_lab.data.case import Case
+from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.metrics import MEASURES
 from masafusion_lab.protocol import Protocol
 from masafusion_lab.report import INK, template
-from masafusion_lab.runs import replacing, write_text
+from masafusion_lab.runs import case_folder, replacing, write_text
 from masafusion_lab.tables import NOTE, Table, caption, cells, headings
 
 Record = Mapping[str, Any]
@@ -30,11 +32,12 @@ THUMB = 128
 class Line:
     """A case of the contact sheet: what it asks, how far its results lie apart, and a cell for each row.
 
-    A cell is (picture, page, error), paths below the benchmark's folder; of a case that failed the error alone.
+    `given`: thumbnails of the source and, where it is known, of the true target. A cell is (picture, page, error); of
+    a case that failed the error alone. Paths are below the benchmark's folder.
     """
 
-    case: str
-    prompts: tuple[str, str]
+    case: Case
+    given: Sequence[str]
     apart: float
     cells: Sequence[tuple[str, ...]]
 
@@ -69,11 +72,11 @@ def page(
 
 
 def contact(
-    folder: Path, records: Sequence[Record], place: Callable[[Record], Path], prompts: Mapping[str, tuple[str, str]]
+    folder: Path, records: Sequence[Record], place: Callable[[Record], Path], cases: Mapping[str, Case]
 ) -> list[Line]:
     """The lines of the contact sheet, of the records edited by themselves, those that lie farthest apart first.
 
-    Writes a thumbnail of each result into FOLDER/thumbs. How far apart: the mean over pixels of the standard deviation
+    Writes thumbnails into FOLDER/thumbs. How far apart: the mean over pixels of the standard deviation
     over rows, in levels of 255.
     """
     rows = list(dict.fromkeys(record["row"] for record in records))
@@ -91,18 +94,22 @@ def contact(
                 out.append(("", "", record["error"]))
                 continue
             thumb = folder / "thumbs" / f"{where.parts[-3]}-{where.name}.png"
-            seen.append(_thumbnail(where / "target.png", thumb))
+            seen.append(_thumbnail(open_picture(where / "target.png"), thumb))
             files = thumb, where / "report.html"
             out.append((*(file.relative_to(folder).as_posix() for file in files), ""))
         apart = float(np.std(seen, axis=0).mean()) if len(seen) > 1 else 0.0
-        lines.append(Line(case, prompts[case], apart, out))
+        given = []
+        for name, picture in (("source", cases[case].image), ("truth", cases[case].truth)):
+            if picture is not None:
+                thumb = case_folder(folder / "thumbs", case).with_suffix(f".{name}.png")
+                _thumbnail(open_picture(picture), thumb)
+                given.append(thumb.relative_to(folder).as_posix())
+        lines.append(Line(cases[case], given, apart, out))
     return sorted(lines, key=lambda line: -line.apart)
 
 
-def _thumbnail(picture: Path, thumb: Path) -> np.ndarray:
+def _thumbnail(image: Image.Image, thumb: Path) -> np.ndarray:
     """The picture's levels (32, 32, 3); its thumbnail is written."""
-    with Image.open(picture, formats=["PNG"]) as opened:
-        image = opened.convert("RGB")
     small = image.copy()
     small.thumbnail((2 * THUMB, 2 * THUMB))
     with replacing(thumb) as partial:
@@ -123,19 +130,22 @@ def _plot(path: Path, draw: Callable[[Figure], bool]) -> Path | None:
 
 
 def by_kind(figure: Figure, records: Sequence[Record], protocol: Protocol) -> bool:
-    """The mean of a measure by kind of edit, a line a row: the judge's verdict where there is one, else the first."""
+    """The mean of a measure by kind of edit, a mark a row: the judge's verdict where there is one, else the first."""
     kinds = sorted({record["kind"] for record in records if record["kind"]})
     alone = [record for record in records if record["setting"] == records[0]["setting"]]
     measure = "done" if "done" in protocol.columns else protocol.ranked[0]
     if len(kinds) < 2:
         return False
     axes = figure.subplots()
-    for row in dict.fromkeys(record["row"] for record in alone):
+    rows = list(dict.fromkeys(record["row"] for record in alone))
+    for k, row in enumerate(rows):
         its = [[r[measure] for r in alone if r["row"] == row and r["kind"] == kind] for kind in kinds]
         means = [float(np.nanmean(v)) if np.isfinite(v).any() else np.nan for v in map(np.array, its)]
-        axes.plot(kinds, means, marker="o", markersize=4, linewidth=1, label=row)
+        aside = 0.7 * ((k + 0.5) / len(rows) - 0.5)
+        axes.plot(np.arange(len(kinds)) + aside, means, "o", markersize=4, label=row)
     axes.set_ylabel(MEASURES[measure].title)
-    axes.tick_params("x", rotation=20)
+    axes.set_xticks(range(len(kinds)), kinds, rotation=20)
+    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     figure.legend(loc="outside right upper", frameon=False)
     return True
 
@@ -152,7 +162,7 @@ def quality(figure: Figure, table: Table, cost: Mapping[str, float]) -> bool:
         below, above = y - float(stand.average_low[r]), float(stand.average_high[r]) - y
         axes.errorbar(x, y, [[max(0, below)], [max(0, above)]], fmt="o", markersize=5, capsize=3, linewidth=1)
         axes.annotate(table.names[r], (x, y), xytext=(6, 4), textcoords="offset points")
-    axes.set_xscale("log")
+    axes.set_xlim(left=0)
     axes.invert_yaxis()
     axes.set(xlabel="seconds an edit, with its inversion", ylabel=f"average rank, {table.title} (the best on top)")
     return True

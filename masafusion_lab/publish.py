@@ -64,7 +64,7 @@ def publish(
         bench.folder,
         records,
         lambda record: bench.place(record["row"], record["setting"], cases[record["case"]]),
-        {id: (case.source, case.target) for id, case in cases.items()},
+        cases,
     )
     facts = {
         "protocol": vars(bench.protocol),

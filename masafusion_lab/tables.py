@@ -124,7 +124,7 @@ def headings(table: Table) -> list[str]:
 
 def caption(table: Table) -> str:
     """How many cases, what failed, and what is missing."""
-    lines = [f"{table.cases} cases."]
+    lines = [f"{table.cases} case{'s' if table.cases > 1 else ''}."]
     if failed := {name: n for name, n in table.failed.items() if n}:
         lines.append("Not edited: " + ", ".join(f"{name} {n}" for name, n in failed.items()) + ".")
     for column, reasons in table.why.items():

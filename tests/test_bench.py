@@ -277,7 +277,7 @@ def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothi
     publish.publish(made, records, Scorer.of(made.protocol, {}))
     page = Page(made.folder / "report.html")
     cells = 2 * (1 + TURNS)
-    assert sum(link.startswith("thumbs/") for link in page.links) == cells
+    assert sum(link.startswith("thumbs/") for link in page.links) == cells + 2 * (1 + TURNS)  # source and truth
     cases = [link for link in page.links if link.endswith("report.html")]
     assert len(cases) == cells
     assert all((made.folder / link).is_file() for link in page.links)
