@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -116,6 +117,32 @@ def cut_out(picture: Tensor, mask: Tensor) -> Tensor:
     """The smallest rectangle of a picture that holds the mask."""
     rows, columns = (_some(mask, "the mask is empty")[0].amax(dim).nonzero().flatten() for dim in (1, 0))
     return picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def budget(
+    source: Tensor, roundtrip: Tensor, reconstruction: Tensor, edited: Tensor, mask: Tensor, seam: int
+) -> dict[str, float]:
+    """The squared error of what is kept, per kept pixel and channel, by where it comes from; pictures (3, H, W).
+
+    autoencoder: source to round trip; inversion: from there to the reconstruction; seam and fusion: from there to the
+    result, within `seam` pixels of the mask and beyond. `total` is source to result, `together` what it has beyond the
+    sum of the four, since errors may add up or cancel.
+    """
+    keep = _some(1 - mask, "the mask leaves nothing outside")
+    near = keep * F.max_pool2d(mask[None], 2 * seam + 1, 1, seam)[0]
+    count = 3 * keep.double().sum()
+
+    def of(a: Tensor, b: Tensor, where: Tensor) -> float:
+        return float(((a - b).double().square() * where).sum() / count)
+
+    parts = {
+        "autoencoder": of(source, roundtrip, keep),
+        "inversion": of(roundtrip, reconstruction, keep),
+        "fusion": of(reconstruction, edited, keep - near),
+        "seam": of(reconstruction, edited, near),
+    }
+    total = of(source, edited, keep)
+    return {**parts, "together": total - sum(parts.values()), "total": total}
 
 
 def _some(region: Tensor, why_not: str) -> Tensor:

@@ -10,7 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.regression import MeanSquaredError
 
 from masafusion_lab import InputError
-from masafusion_lab.metrics import IDENTICAL, MEASURES, Mean, Pair, measure, structure
+from masafusion_lab.metrics import IDENTICAL, MEASURES, Mean, Pair, budget, measure, structure
 
 PUBLISHED, AREA = ("psnr", "mse", "ssim"), ("psnr_area", "mse_area", "ssim_area")
 
@@ -171,6 +171,21 @@ def test_the_cut_out_is_the_smallest_box_around_the_mask():
     p = pair(mask=mask)
     want = 100 * (1 - scipy_cosine(SEE.clip(p.edited[:, 3:9, 10:20]).numpy(), SEE.text("a dog").numpy()))
     assert value("clip_cut", p) == pytest.approx(max(want, 0), abs=1e-4)
+
+
+def test_the_budget_of_what_is_kept_puts_each_error_where_it_was_made():
+    source, mask = noise(2), box(0.5)
+    seam, far = torch.zeros_like(source), torch.zeros_like(source)
+    seam[:, :, 28:31], far[:, :, 31:] = 0.2, 0.1  # the mask ends at column 28
+    roundtrip = source + 0.05
+    found = budget(source, roundtrip, roundtrip - 0.05, roundtrip - 0.05 + seam + far + mask, mask, 3)
+    want = {"autoencoder": 0.0025, "inversion": 0.0025, "fusion": 0.01 * 25 / 28, "seam": 0.04 * 3 / 28}
+    for name, value in want.items():
+        assert found[name] == pytest.approx(value, rel=1e-4)
+    assert found["total"] == pytest.approx(found["fusion"] + found["seam"], rel=1e-4)  # the first two cancelled
+    assert found["total"] == pytest.approx(sum(v for k, v in found.items() if k != "total"))
+    none = budget(source, source, source, source + mask, mask, 3)
+    assert set(none.values()) == {0.0}
 
 
 def test_the_torchmetrics_form_is_the_mean_of_those_that_have_a_value_and_counts_the_others():
