@@ -72,7 +72,8 @@ def budgets(lab: Lab, number: int) -> dict[str, float]:
 def kept_sessions() -> Iterator[list[Case]]:
     """The test sessions, but those in which the background is edited, after which nothing is left to keep."""
     for index in count():
-        if all(case.kind != "background" for case in (turns := list(sessions("test", [index])))):
+        turns = list(sessions("test", [index]))
+        if all(case.kind != "background" for case in turns):
             yield turns
 
 

@@ -100,6 +100,8 @@ def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tu
         raise InputError("bench.rows: missing; take --config configs/table1_picturebook.yaml, or name rows in a file")
     if strange := set(base.bench.only) - set(base.bench.rows):
         raise InputError(f"bench.only: {strange.pop()!r} is no row; they are {', '.join(base.bench.rows)}")
+    if strange := set(base.bench.encoders) - set(protocol.NETWORKS):
+        raise InputError(f"bench.encoders.{strange.pop()}: must be one of {', '.join(protocol.NETWORKS)}")
     chosen = {name: text for name, text in base.bench.rows.items() if name in (base.bench.only or base.bench.rows)}
     rows, problems = {}, []
     for name, text in chosen.items():

@@ -18,9 +18,7 @@ from masafusion_lab.metrics import MEASURES
 from masafusion_lab.protocol import Protocol
 from masafusion_lab.report import INK, template
 from masafusion_lab.runs import case_folder, replacing, write_text
-from masafusion_lab.tables import NOTE, Table, caption, cells, headings
-
-Record = Mapping[str, Any]
+from masafusion_lab.tables import NOTE, Record, Table, caption, cells, headings
 
 SHOWN = 60
 """Cases of the contact sheet."""

@@ -32,11 +32,14 @@ class Bench:
     only: list[str] = field(default_factory=list)
     """Of the rows only these; empty: all."""
     encoders: dict[str, str] = field(default_factory=dict)
-    """Folder or hub id of clip, dino, judge or lpips, if not the protocol's."""
+    """Folder or hub id of a network (clip, dino, judge, lpips), if not the protocol's."""
 
 
 SELECTING = ("rows", "only", "count", "sessions", "kinds", "encoders")
 """Keys that choose among results, each of which stands for itself, and never change one."""
+
+NETWORKS = ("clip", "dino", "judge", "lpips")
+"""Names of the networks that measures look through."""
 
 QUICK = {"count": 7, "sessions": 1}
 """Of bench --quick: ten cases of the picture-book world."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,19 @@ from rich.text import Text
 
 from masafusion_lab import benchpage, config, tables
 from masafusion_lab.bench import Benchmark, progress, score
+from masafusion_lab.loading import choose_device
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import replacing, write_text
+from masafusion_lab.runs import case_folder, replacing, write_text
 from masafusion_lab.scoring import Scorer
+from masafusion_lab.tables import Record
 from masafusion_lab.tracking import log_table, recording
 
 log = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
-
 
 def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool = False) -> None:
     """Score a benchmark (`again`: what is scored too), publish it, and print its tables."""
-    scorer = Scorer.of(bench.protocol, experiment.bench.encoders)
+    scorer = Scorer.of(bench.protocol, experiment.bench.encoders, choose_device(experiment.model.device))
     records = score(bench, scorer, again=again, track=bar)
     with recording(experiment, bench.folder) as loggers:
         found = publish(bench, records, scorer, loggers)
@@ -54,11 +56,16 @@ def print_progress(bench: Benchmark) -> None:
 def publish(
     bench: Benchmark, records: Sequence[Record], scorer: Scorer, loggers: Sequence[Any] = ()
 ) -> list[tables.Table]:
-    """Write results.parquet, table.md, table.csv and report.html into the benchmark's folder, and tell the loggers."""
+    """Write results.parquet, table.md, table.csv and report.html into the benchmark's folder, and tell the loggers.
+
+    Of MagicBrush's protocol also the pictures in the layout that its own script reads.
+    """
     found = tables.tables(records, bench.protocol)
     write_parquet(bench.folder / "results.parquet", records)
     write_text(bench.folder / "table.md", tables.as_markdown(found))
     write_text(bench.folder / "table.csv", tables.as_csv(found))
+    if bench.protocol.name == "magicbrush":
+        as_magicbrush(bench)
     cases = {case.id: case for case in bench.cases}
     lines = benchpage.contact(
         bench.folder,
@@ -80,6 +87,23 @@ def publish(
             ranks = zip(table.names, table.stand.average.tolist(), strict=True)
             logger.log_metrics({f"bench/{table.title}/rank/{name}": rank for name, rank in ranks if rank == rank})
     return found
+
+
+def as_magicbrush(bench: Benchmark) -> None:
+    """Link all results into magicbrush/ROW/ID/ID_1.png, ID_inde_K.png and ID_iter_K.png, as its script wants them."""
+    for row in bench.rows:
+        for cell in bench.cells(row):
+            picture, case = bench.at(cell) / "target.png", cell.case
+            if case.session is None or not picture.is_file():
+                continue
+            how = "1" if case.turn == 1 else f"{'inde' if cell.setting == 'single' else 'iter'}_{case.turn}"
+            link = case_folder(bench.folder / "magicbrush", row) / case.session / f"{case.session}_{how}.png"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            try:
+                os.link(picture, link)
+            except OSError:  # a file system without links
+                shutil.copyfile(picture, link)
 
 
 def write_parquet(path: Path, records: Sequence[Record]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Scorer:
     facts: Mapping[str, str]
 
     @classmethod
-    def of(cls, protocol: Protocol, places: Mapping[str, str], device: str = "cpu") -> Scorer:
+    def of(cls, protocol: Protocol, places: Mapping[str, str], device: torch.device | str = "cpu") -> Scorer:
         """The scorer of a protocol with some of its networks from other places."""
         networks = Networks({**protocol.encoders, **places}, protocol.views, device)
         return cls(protocol, networks, networks.facts())

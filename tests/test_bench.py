@@ -418,3 +418,22 @@ def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(yaml, tmp_path):
 def test_the_cases_of_a_benchmark_are_the_sets(yaml):
     experiment, made = bench.read([yaml], [])
     assert [case.id for case in made.cases] == [case.id for case in sets.cases(experiment.bench, made.folder)]
+
+
+def test_magicbrushs_own_script_finds_the_pictures_where_it_looks(run):
+    made, _ = run("a", "bench.protocol=magicbrush", "bench.only=plain")
+    publish.as_magicbrush(made)
+    publish.as_magicbrush(made)
+    ((name, turns),) = made.sessions.items()
+    (folder,) = (made.folder / "magicbrush").iterdir()
+    assert {p.name for p in (folder / name).iterdir()} == {
+        f"{name}_{how}.png" for how in ("1", "inde_2", "inde_3", "iter_2", "iter_3")
+    }
+    for how, setting, turn in (("1", "single", 1), ("inde_2", "single", 2), ("iter_3", "multi", 3)):
+        want = made.place("plain", setting, turns[turn - 1]) / "target.png"
+        assert (folder / name / f"{name}_{how}.png").read_bytes() == want.read_bytes()
+
+
+def test_a_network_that_no_measure_looks_through_is_refused(yaml):
+    with pytest.raises(InputError, match=r"bench\.encoders\.klip: must be one of clip, dino, judge, lpips"):
+        bench.read([yaml], ["bench.encoders.klip=somewhere"])

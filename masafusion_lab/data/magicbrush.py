@@ -24,11 +24,14 @@ from masafusion_lab.data.folder import inside, read_object, told
 LOCAL = ("local_descriptions.json", "local_captions.json")
 
 
-def read_sessions(root: Path) -> list[Case]:
-    """The turns of all sessions, one after the other; raises InputError with all that is missing, a line each."""
+def read_sessions(root: Path, texts: Path | None = None) -> list[Case]:
+    """The turns of all sessions, one after the other; `texts`: where the descriptions are, if not in `root`.
+
+    Raises InputError with all that is missing, a line each.
+    """
     root = Path(root)
     sessions = _table(root, "edit_sessions.json")
-    whole, local = _table(root, "global_descriptions.json"), _table(root, *LOCAL)
+    whole, local = (_table(texts or root, *names) for names in (("global_descriptions.json",), LOCAL))
     described = (whole, "input", "global"), (whole, "output", "global"), (local, "output", "local")
     images, problems, cases = (root / "images").resolve(), list[str](), list[Case]()
     for session, turns in sessions.items():
@@ -74,9 +77,9 @@ def transparent(path: Path) -> Image.Image:
 def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
     """Bring the hub's parquet files of a split (data/SPLIT-*.parquet below root) into the archives' layout in `folder`.
 
-    Descriptions are not in them: those that lie in `root` are copied. Raises InputError where there are no such files.
+    Descriptions are not in them. Raises InputError where there are no such files.
     """
-    from masafusion_lab.runs import write_json, write_picture, write_text
+    from masafusion_lab.runs import write_json, write_picture
 
     try:
         from pyarrow import parquet
@@ -102,9 +105,6 @@ def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
                     if not place.exists():
                         write_picture(place, Image.open(io.BytesIO(row[column]["bytes"]), formats=["PNG", "JPEG"]))
                 sessions.setdefault(name, []).append({**turn, "instruction": row["instruction"]})
-    for name in ("global_descriptions.json", *LOCAL):
-        if (Path(root) / name).is_file():
-            write_text(folder / name, (Path(root) / name).read_text(encoding="utf-8"))
     write_json(folder / "edit_sessions.json", sessions)  # the last: it says that all is there
     return folder
 

@@ -19,10 +19,11 @@ from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.picturebook.edits import EDITS
 from masafusion_lab.protocol import Bench
 from masafusion_lab.runs import case_folder, write_picture
+from masafusion_lab.store import home
 
 
 def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]:
-    """The cases that a benchmark runs over; what has to be unpacked or drawn for them is kept in `folder`.
+    """The cases that a benchmark runs over; conditions that are drawn for them are kept in `folder`.
 
     `pidinet`: the weights that draw sketches. Raises InputError with all that is wrong with the set.
     """
@@ -34,7 +35,7 @@ def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]
         alone = picturebook.cases("test", bench.count, kinds=bench.kinds or EDITS)
         found = [*alone, *picturebook.sessions("test", bench.sessions)]
     else:
-        found = _selected(_read(bench, folder), bench)
+        found = _selected(_read(bench), bench)
     if bench.hint == "sketch" and pidinet is None and any(not case.hints for case in found):
         raise InputError("bench.hint=sketch: give the weights that draw it, pidinet=FILE, or take bench.hint=canny")
     if twice := [id for id, times in Counter(case.id for case in found).items() if times > 1]:
@@ -44,7 +45,7 @@ def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]
     return [_hinted(case, bench.hint, folder / "hints", pidinet) for case in found]
 
 
-def _read(bench: Bench, folder: Path) -> list[Case]:
+def _read(bench: Bench) -> list[Case]:
     root = Path(bench.root)
     if not bench.root or not root.exists():
         raise InputError(f"bench.root={bench.root}: no such folder; say where the set lies (bench.data={bench.data})")
@@ -53,9 +54,10 @@ def _read(bench: Bench, folder: Path) -> list[Case]:
     if bench.data == "folder":
         return folders.read_cases(root)
     if not (root / "edit_sessions.json").is_file() and (root / "data").is_dir():
-        unpacked = folder / "unpacked"
-        done = (unpacked / "edit_sessions.json").is_file()
-        return magicbrush.read_sessions(unpacked if done else magicbrush.unpack(root, unpacked))
+        unpacked = case_folder(home() / "sets", str(root.resolve()))
+        if not (unpacked / "edit_sessions.json").is_file():
+            magicbrush.unpack(root, unpacked)
+        return magicbrush.read_sessions(unpacked, texts=root)
     return magicbrush.read_sessions(root)
 
 
