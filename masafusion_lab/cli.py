@@ -1,4 +1,4 @@
-"""The command line: masafusion edit | attend | invert | sweep | doctor | sync | cache. All that people read is here."""
+"""The command line: masafusion edit, attend, invert, sweep, bench, score ... What people read is written here."""
 
 from __future__ import annotations
 
@@ -152,6 +152,42 @@ def sweep(words: Words = None, files: Files = None, print_config: Printed = Fals
     if found.failures:
         log.warning("%s", found.lost)
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    words: Words = None,
+    files: Files = None,
+    status: Annotated[bool, typer.Option("--status", help="Only say how far it is.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Ten cases, in a folder of their own.")] = False,
+) -> None:
+    """Run a benchmark (--config configs/table1_picturebook.yaml), or go on with it: every row over every case."""
+    from masafusion_lab import bench as benches
+    from masafusion_lab import publish
+
+    experiment, benchmark = benches.read(files or (), words or (), quick)
+    if status:
+        publish.print_progress(benchmark)
+        return
+    with recorded(experiment):
+        benches.edit(benchmark, track=bar)
+        publish.print_scores(experiment, benchmark)
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(help="Of a benchmark.")],
+    words: Words = None,
+) -> None:
+    """Take a benchmark's measures anew from its saved pictures, and write its tables and page anew."""
+    from masafusion_lab import bench as benches
+    from masafusion_lab import publish
+
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: holds no benchmark; give the folder that masafusion bench wrote")
+    experiment, benchmark = benches.read([folder / "config.yaml"], [*(words or ()), f"out={folder}"])
+    with recorded(experiment):
+        publish.print_scores(experiment, benchmark, again=True)
 
 
 @app.command()

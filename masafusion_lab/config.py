@@ -12,6 +12,7 @@ from typing import Any, Literal
 from masafusion_lab import InputError, keys
 from masafusion_lab.axes import Sweep
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
+from masafusion_lab.protocol import Bench
 
 
 @dataclass
@@ -113,13 +114,15 @@ class Experiment:
     axes: dict[str, str] = field(default_factory=dict)
     """What a sweep varies: axes.seed=1,2,3, axes.KEY=[0,9],[9,50], range(1,9,2), windows(0,50,5), uniform(1,9) ..."""
     sweep: Sweep = field(default_factory=Sweep)
+    bench: Bench = field(default_factory=Bench)
 
 
-TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep}  # whose keys are always the same
+TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep, "bench": Bench}
+"""Tables of the experiment whose keys are always the same."""
 PROMPTS = ("source", "target", "instruction")
 FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")
 """Keys that may name a file which changes what comes out."""
-VERBATIM = (*PROMPTS, *FILES, "out", "store")
+VERBATIM = (*PROMPTS, *FILES, "out", "store", "bench.root")
 """Prompts and paths: any text at all."""
 
 
@@ -273,6 +276,8 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
         ("batch", e.batch, e.batch >= 1, "at least 1"),
         ("dilate", e.dilate, e.dilate >= 0, "at least 0"),
         ("tracking.attention", e.tracking.attention, e.tracking.attention >= 0, "at least 0"),
+        ("bench.count", e.bench.count, e.bench.count is None or e.bench.count >= 0, "at least 0"),
+        ("bench.sessions", e.bench.sessions, e.bench.sessions is None or e.bench.sessions >= 0, "at least 0"),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
         (
             "model.device",

@@ -50,7 +50,9 @@ class Key:
         if type(None) in get_args(self.type) and value in ("null", "none", "None", "~", ""):
             return None
         if isinstance(value, str) and get_origin(self.type) in (list, tuple):
-            value = [part.strip() for part in value.strip().strip("[]()").split(",") if part.strip()]
+            value = value.strip()
+            inner = value[1:-1] if value[:1] + value[-1:] in ("[]", "()") else value
+            value = [part.strip() for part in inner.split(",") if part.strip()]
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 

@@ -76,7 +76,7 @@ def read(
         from transformers import CLIPTextModel
 
         if base is None:
-            net = _weights(diffusers.UNet2DConditionModel, files["unet"], dtype)
+            net = weights(diffusers.UNet2DConditionModel, files["unet"], dtype)
         else:
             net = diffusers.UNet2DConditionModel.from_config(config["unet"])
             read_changes(net, base, files["unet"])
@@ -85,9 +85,9 @@ def read(
         return {
             "tokenizer": _tokenizer(root, fetch, config["text_encoder"].get("vocab_size", 49408)),
             "unet": net,
-            "vae": _weights(autoencoder, files["vae"], dtype),
-            "text_encoder": _weights(CLIPTextModel, files["text_encoder"], dtype),
-            "adapters": {kind: _weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
+            "vae": weights(autoencoder, files["vae"], dtype),
+            "text_encoder": weights(CLIPTextModel, files["text_encoder"], dtype),
+            "adapters": {kind: weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
             "config": noise,
             "suffix": str(config["unet"].get(TAUGHT, SUFFIX)),
         }
@@ -149,16 +149,16 @@ def _check_class(part: str, config: Mapping[str, Any], place: Path) -> None:
         raise InputError(f"{place}: is a {name}, must be {' or '.join(CLASSES[part])}")
 
 
-def _weights(cls: Any, files: Files, dtype: torch.dtype) -> Any:
-    """A part of class `cls` with its weights, all of them and no others."""
-    options = {"use_safetensors": files.safe, "variant": files.variant, "local_files_only": True}
+def weights(cls: Any, files: Files, dtype: torch.dtype, **more: Any) -> Any:
+    """A part of class `cls`, of `more` of its options, with its weights, all of them and no others."""
+    options = {"use_safetensors": files.safe, "variant": files.variant, "local_files_only": True, **more}
     try:
         model, info = cls.from_pretrained(files.folder, torch_dtype=dtype, output_loading_info=True, **options)
     except Exception as error:
         raise InputError(
             f"{files.folder}: weights and config.json do not fit, copy them again: {one_line(error)}"
         ) from None
-    foreign = [key for key in info["unexpected_keys"] if not re.search("position_ids|text_projection", key)]
+    foreign = [key for key in info["unexpected_keys"] if not re.search("position_ids|text_projection|pooler", key)]
     for problem, keys in (
         ("lack", info["missing_keys"]),
         ("hold besides", foreign),

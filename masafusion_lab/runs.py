@@ -27,10 +27,12 @@ from torch import Tensor
 from masafusion_lab import InputError
 from masafusion_lab.axes import RUNNING
 from masafusion_lab.interrupt import Interrupted
+from masafusion_lab.protocol import SELECTING
 
 log = logging.getLogger(__name__)
 
-INDIFFERENT = ("out", "store", "force", "batch", "tracking", *(f"sweep.{key}" for key in RUNNING))
+INDIFFERENT = ("out", "store", "force", "batch", "tracking", *(f"sweep.{key}" for key in RUNNING),
+               *(f"bench.{key}" for key in SELECTING))  # fmt: skip
 """Keys of a configuration that change how fast and where results come and who hears of them, never the results."""
 
 REMEDY = "write elsewhere with out=FOLDER"

@@ -156,6 +156,12 @@ def mode_of_environment() -> str:
     return "online"
 
 
+def job_type(experiment: Any) -> str:
+    """What a run does, as W&B lists it."""
+    kinds = {"bench": experiment.bench.rows, "sweep": experiment.axes, "invert": experiment.cases}
+    return next((kind for kind, there in kinds.items() if there), "edit")
+
+
 def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
     """A WandbLogger whose run is open, online or offline, in the run folder."""
     import wandb
@@ -171,7 +177,7 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "group": tracking.group or None,
         "name": tracking.name or folder.resolve().name,
         "tags": list(tracking.tags),
-        "job_type": "sweep" if experiment.axes else "invert" if experiment.cases else "edit",
+        "job_type": job_type(experiment),
         "id": identity.read_text(encoding="utf-8"),
         "dir": str(folder),
         "reinit": "create_new",

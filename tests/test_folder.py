@@ -124,7 +124,7 @@ def test_all_mistakes_are_listed_at_once_with_their_lines(root):
         (".jsonl", '{"image": "a.png"}\n{"image": 1}\n', "line 2: image=1 is not text"),
         (".jsonl", '{"image": "a.png"}\n\n{"image": \n', "line 3: is not JSON"),
         (".jsonl", '["a.png"]', "line 1: is not a JSON object"),
-        (".jsonl", '{"image": "a.png", "image": "b.JPG"}', "line 1: is not JSON (a key twice)"),
+        (".jsonl", '{"image": "a.png", "image": "b.JPG"}', "line 1: is not JSON ('image' twice)"),
         (".jsonl", "[" * 100_000, "line 1: is not JSON"),
         (".jsonl", '{"image": "a.png", "mask": "a.png", "box": [0, 0, 1, 1]}', "line 1: has a mask and a box"),
         (".jsonl", '{"image": "a.png", "box": [0, 0, NaN, 1]}', "line 1: box=[0, 0, nan, 1] is not"),

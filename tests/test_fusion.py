@@ -31,7 +31,9 @@ def test_of_a_branch_that_is_only_read_there_are_only_the_halves_that_are_read()
 
 
 def test_what_is_read_is_computed_whatever_guidance_its_branch_has():
-    plan = Plan({"S": Branch("source", "source", w=1), "T": Branch("target", "target", take=Take("S"))}, {"target": "T"})
+    plan = Plan(
+        {"S": Branch("source", "source", w=1), "T": Branch("target", "target", take=Take("S"))}, {"target": "T"}
+    )
     assert plan.rows(0, 7.5) == (("S", "null"), ("T", "null"), ("S", "text"), ("T", "text"))
 
 

@@ -9,16 +9,16 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion given sites attention residual words hub axes",
-    "lockstep shared model loading network contrast taps",
+    "schedule fusion given sites attention residual words hub axes metrics ranks protocol",
+    "lockstep shared model loading network contrast taps encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking maps watch figures explorer",
     "config configfile keys request manual lab phases cli progress doctor sync "
-    "survey runner sweep forecast landscape plots surveypage",
+    "survey runner sweep forecast landscape plots surveypage bench scoring tables benchpage publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
-LOADERS = {"model", "loading", "hub"}
+LOADERS = {"model", "loading", "hub", "encoders"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL.Image import Image
+
+if TYPE_CHECKING:
+    from masafusion_lab.picturebook.edits import Example
 
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the picture, or in fractions of its sides when none is above 1."""
 
-Picture: TypeAlias = Path | Image
+
+@dataclass(frozen=True)
+class Made:
+    """A picture that is made whenever it is read: decoded, drawn, or found in a file of another kind."""
+
+    name: str
+    make: Callable[[], Image]
+
+
+Picture: TypeAlias = Path | Image | Made
 
 
 @dataclass(frozen=True)
@@ -34,3 +46,9 @@ class Case:
     turn: int = 1
     session: str | None = None
     """The dialogue that this is turn `turn` of: its image is the result of the turn before."""
+    kind: str = ""
+    """What sort of edit it is, where the set says so."""
+    caption: str | None = None
+    """What the edit brings in, in words (MagicBrush's local description; "" where it only removes)."""
+    drawn: Example | None = None
+    """The edit of the picture-book world that this is, in which a judge knows what to look for."""

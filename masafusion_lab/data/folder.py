@@ -65,12 +65,17 @@ def read_cases(path: Path) -> list[Case]:
         elif case is not None:
             cases[case.id], first[case.id] = case, where
         problems += [f"{where}: {why}" for why in wrong]
+    return told(path, list(cases.values()), problems, f"; columns are {', '.join(COLUMNS)}")
+
+
+def told(path: Path, cases: list[Case], problems: list[str], remedy: str = "; copy it again") -> list[Case]:
+    """The cases of a set, unless there are problems with it or none in it. Raises InputError, a line a problem."""
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise InputError("\n  ".join([f"{path}: cannot be used:", *problems[:20], *more]))
     if not cases:
-        raise InputError(f"{path}: holds no cases; columns are {', '.join(COLUMNS)}")
-    return list(cases.values())
+        raise InputError(f"{path}: holds no cases{remedy}")
+    return cases
 
 
 def _pictures(folder: Path) -> list[Row]:
@@ -122,16 +127,31 @@ def _csv(text: str) -> Iterator[Row]:
         raise _Bad(line, f"is not CSV ({error})") from None
 
 
-def _jsonl(text: str) -> Iterator[Row]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key twice")
-        return dict(pairs)
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file of a set, in which no key is there twice. Raises InputError with the remedy."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        if isinstance(found, dict):
+            return found
+        raise ValueError("not an object")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]}); {remedy}") from None
 
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} twice")
+    return dict(pairs)
+
+
+def _jsonl(text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line, object_pairs_hook=once)
+                row = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 raise _Bad(number, f"is not JSON ({error})") from None
             if not isinstance(row, dict):
@@ -193,7 +213,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
         if column in COLUMNS and column != "box" and not isinstance(row[column], str):
             wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
-    files = {c: _inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
+    files = {c: inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
     box = _box(row["box"], wrong) if row.get("box") else None
     if not row.get("image"):
         wrong.append("has no image")
@@ -214,7 +234,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
     )
 
 
-def _inside(column: str, value: str, root: Path, wrong: list[str]) -> Path | None:
+def inside(column: str, value: str, root: Path, wrong: list[str]) -> Path | None:
     """The file that a manifest names, if it is there and inside the manifest's folder."""
     try:
         path = (root / value).resolve()

@@ -32,6 +32,8 @@ def _case(example: Example, region: str, hints: Sequence[str]) -> Case:
         truth=Image.fromarray(example.target_picture),
         turn=example.turn,
         session=example.session,
+        kind=example.kind,
+        drawn=example,
     )
 
 

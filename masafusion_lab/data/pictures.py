@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageOps, ImageStat, UnidentifiedImageError
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Box, Case, Picture
+from masafusion_lab.data.case import Box, Case, Made, Picture
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,13 @@ def prepare(
     width, height = working_size(*image.size, multiple=multiple, native=native, size=size)
     full = mask = None
     if case.mask is not None:
-        full = _region(case.mask, image, (width, height), soft)
+        full = region(case.mask, image, (width, height), soft)
         mask = F.max_pool2d(full, factor)
         if dilate:
             mask = F.max_pool2d(mask, 2 * dilate + 1, 1, dilate)
         _check_region(_name(case.mask), full, mask, factor)
     return Prepared(
-        pixels=_tensor(image.resize((width, height), Image.Resampling.LANCZOS)),
+        pixels=tensor(image.resize((width, height), Image.Resampling.LANCZOS)),
         mask=mask,
         mask_full=full,
         hints={kind: _hint(kind, hint, image, (width, height)) for kind, hint in case.hints.items()},
@@ -164,6 +164,8 @@ def _open(picture: Picture) -> Image.Image:
     """The picture decoded and upright, as L, RGB or RGBA."""
     name = _name(picture)
     try:
+        if isinstance(picture, Made):
+            picture = picture.make()
         if isinstance(picture, Image.Image):
             return _decoded(picture, name)
         path = Path(picture)
@@ -210,12 +212,14 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _name(picture: Picture | Box) -> str:
+    if isinstance(picture, Made):
+        return picture.name
     if isinstance(picture, Image.Image):
         return f"picture of {picture.width}x{picture.height}"
     return f"box {','.join(f'{side:g}' for side in picture)}" if isinstance(picture, tuple) else str(picture)
 
 
-def _tensor(image: Image.Image) -> Tensor:
+def tensor(image: Image.Image) -> Tensor:
     """(1 or 3, H, W), float32, in [0, 1]."""
     levels = np.array(image, np.float32) / 255
     return torch.from_numpy(levels[None] if levels.ndim == 2 else levels.transpose(2, 0, 1).copy())
@@ -224,19 +228,19 @@ def _tensor(image: Image.Image) -> Tensor:
 def _hint(kind: str, hint: Picture, image: Image.Image, working: tuple[int, int]) -> Tensor:
     drawn = open_hint(hint, kind)
     _check_aspect(f"{_name(hint)}: the {kind}", drawn, image, working)
-    return _tensor(drawn.resize(working, Image.Resampling.BILINEAR))
+    return tensor(drawn.resize(working, Image.Resampling.BILINEAR))
 
 
-def _region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], soft: bool) -> Tensor:
-    """The mask (1, H, W): a pixel is as bright as the brightest that it covers of the mask as given."""
+def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], soft: bool = False) -> Tensor:
+    """The mask (1, H, W) of a picture at a size: a pixel is as bright as the brightest that it covers of the mask."""
     if isinstance(mask, tuple):
-        region = _boxed(mask, image)
+        drawn_over = _boxed(mask, image)
     else:
         drawn = open_mask(mask)
         _check_aspect(f"{_name(mask)}: the mask", drawn, image, working)
-        region = _tensor(drawn)
-    region = region if soft else (region > 0.5).float()
-    return F.adaptive_max_pool2d(region, (working[1], working[0]))
+        drawn_over = tensor(drawn)
+    whole = drawn_over if soft else (drawn_over > 0.5).float()
+    return F.adaptive_max_pool2d(whole, (working[1], working[0]))
 
 
 def _boxed(box: Box, image: Image.Image) -> Tensor:

@@ -1,0 +1,28 @@
+"""Figures 8, 9 and 11: edits that leave shapes as they are, by EmbCtrl and by methods made for them.
+
+    python -m experiments.fig08_11_shape_invariant [--count N] [--out FOLDER] [KEY=VALUE ...]
+
+The paper reads: methods that share attention reconstruct the source or change too much; swapping the embeddings of the
+changed words alone (EmbCtrl) changes what was asked. None is told the region.
+"""
+
+from experiments.figures import Figure, main
+
+NTI = "inversion.name=null_text inversion.preset=reference"
+FIGURE = Figure(
+    "fig08_11_shape_invariant",
+    {
+        "plain, NTI": f"method.name=plain {NTI}",
+        "P2P": f"method.name=prompt_to_prompt {NTI}",
+        "PnP": "method.name=plug_and_play inversion.name=ddim",
+        "MasaCtrl, no hint": "method.name=masactrl inversion.name=direct method.hint_until=0",
+        "EmbCtrl": f"method.name=embctrl {NTI}",
+    },
+    kinds=("recolour", "pattern"),
+    words=("steps=20",),
+    lead=("source", "target"),
+    count=6,
+)
+
+if __name__ == "__main__":
+    main(__doc__, FIGURE)

@@ -1,0 +1,86 @@
+"""What MaSaFusion costs with null-text and with direct inversion: seconds, UNet rows, memory, beside the paper's ratio.
+
+    python -m experiments.timing [--repeat N] [--out FOLDER] [KEY=VALUE ...]
+
+Each run is the command line's own, in a process and with a store of its own: reading the model is in "whole", not in
+the phases. The paper reports 43.9 s (DI) and 184.2 s (NTI) an image on a V100, 4.2 times as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.speed import command
+from masafusion_lab.runs import replacing, write_json
+
+RUNS = {
+    "DI": ["inversion.name=direct"],
+    "NTI, paper": ["inversion.name=null_text", "inversion.preset=paper"],
+    "NTI, reference": ["inversion.name=null_text", "inversion.preset=reference"],
+}
+PAPER = {"DI": 43.9, "NTI, paper": 184.2}
+
+
+def run(repeat: int, words: list[str]) -> dict[str, dict[str, float]]:
+    """By inversion the medians: seconds by phase and whole, rows of the edit, the most memory held."""
+    found = {}
+    for name, settings in RUNS.items():
+        taken = []
+        for _ in range(repeat):
+            whole, result = command([*settings, *words])
+            edit = sum(spent for phase, spent in result["seconds"].items() if phase != "invert")
+            taken.append({"invert": result["seconds"]["invert"], "edit": edit, "whole": whole,
+                          "rows": result["rows"], "memory_gb": result["peak_memory_gb"]})  # fmt: skip
+        found[name] = {key: statistics.median(each[key] for each in taken) for key in taken[0]}
+    for row in found.values():
+        row["ratio"] = (row["invert"] + row["edit"]) / (found["DI"]["invert"] + found["DI"]["edit"])
+    return found
+
+
+def draw(found: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of seconds an image, its inversion and its edit, with the ratios."""
+    figure = Figure(figsize=(6, 2.2), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    names = list(found)
+    axes.barh(names, [found[name]["invert"] for name in names], label="inversion", color="#7a9cc6")
+    axes.barh(names, [found[name]["edit"] for name in names], left=[found[name]["invert"] for name in names],
+              label="edit", color="#d98c5f")  # fmt: skip
+    for k, name in enumerate(names):
+        paper = f", paper {PAPER[name] / PAPER['DI']:.1f}x" if name in PAPER else ""
+        total = found[name]["invert"] + found[name]["edit"]
+        axes.text(total, k, f" {found[name]['ratio']:.1f}x{paper}", va="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("seconds an image")
+    axes.legend(frameon=False)
+    for suffix in (".pdf", ".png"):
+        with replacing(path.with_suffix(suffix)) as partial:
+            figure.savefig(partial)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the median is taken")
+    parser.add_argument("--out", type=Path, default=Path("runs/timing"), help="where figure and numbers go")
+    parser.add_argument("words", nargs="*", help="key=value settings, such as model.path=FOLDER image=FILE")
+    given = parser.parse_args(argv)
+    found = run(given.repeat, given.words)
+    table = Table("", "invert, s", "edit, s", "whole, s", "rows of the edit", "memory, GB", "over DI", "paper")
+    for name, row in found.items():
+        numbers = (f"{row[key]:.1f}" for key in ("invert", "edit", "whole", "rows", "memory_gb", "ratio"))
+        table.add_row(name, *numbers, f"{PAPER[name] / PAPER['DI']:.1f}" if name in PAPER else "")
+    Console().print(table)
+    write_json(given.out / "timing.json", found)
+    draw(found, given.out / "timing")
+    print(given.out / "timing.png")
+
+
+if __name__ == "__main__":
+    main()

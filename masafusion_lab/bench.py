@@ -1,0 +1,295 @@
+"""A benchmark: rows x cases, single- and multi-turn, edited and scored; what is done is never done again.
+
+FOLDER/edits/ROW/single|multi/CASE/   a case's pictures and result.json, scores.json; or error.json
+FOLDER/results.parquet, table.*, report.html   made anew from them at the end
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from masafusion_lab import InputError, config, interrupt, phases, protocol
+from masafusion_lab.data import pictures, sets
+from masafusion_lab.data.case import Case
+from masafusion_lab.inversion import Track, silent
+from masafusion_lab.lab import Lab, build, settings
+from masafusion_lab.protocol import QUICK, Protocol
+from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
+from masafusion_lab.scoring import Scorer
+
+log = logging.getLogger(__name__)
+
+OUT = "runs/bench"
+"""Folder of a benchmark that names none: always the same, so that the same command goes on."""
+RESULTS = ("target_original_size.png", "target.png")
+"""What the next turn starts from: the result at the size that the picture had."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case in one row of the table, edited by itself ("single") or as a turn of its session ("multi").
+
+    `before`: in a session the turn before; `final`: whether it is the session's last.
+    """
+
+    row: str
+    setting: str
+    case: Case
+    before: Case | None = None
+    final: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Rows (name -> experiment), cases and protocol, in a folder."""
+
+    folder: Path
+    rows: Mapping[str, config.Experiment]
+    cases: Sequence[Case]
+    settings: tuple[str, ...]
+    protocol: Protocol
+
+    @property
+    def sessions(self) -> dict[str, list[Case]]:
+        """The cases of each session by turn."""
+        found: dict[str, list[Case]] = {}
+        for case in self.cases:
+            if case.session is not None:
+                found.setdefault(case.session, []).append(case)
+        return {name: sorted(turns, key=lambda case: case.turn) for name, turns in found.items()}
+
+    def cells(self, row: str) -> Iterator[Cell]:
+        """All of a row: the cases by themselves, then the sessions turn by turn, all first turns first."""
+        if "single" in self.settings:
+            yield from (Cell(row, "single", case) for case in self.cases)
+        if "multi" in self.settings:
+            turns = [
+                Cell(row, "multi", case, its[k - 1] if k else None, k + 1 == len(its))
+                for its in self.sessions.values()
+                for k, case in enumerate(its)
+            ]
+            yield from sorted(turns, key=lambda cell: cell.case.turn)
+
+    def place(self, row: str, setting: str, case: Case) -> Path:
+        """The folder of a case; a first turn is the same by itself and in its session, and made once."""
+        setting = "single" if case.turn == 1 else setting
+        return case_folder(case_folder(self.folder / "edits", row) / setting, case.id)
+
+    def at(self, cell: Cell) -> Path:
+        """The folder of a cell."""
+        return self.place(cell.row, cell.setting, cell.case)
+
+
+def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tuple[config.Experiment, Benchmark]:
+    """The experiment of a call and its benchmark. Raises InputError with all that is wrong, before a model is read."""
+    files, words = list(files), list(words)
+    base = config.load(files, words)
+    if quick:
+        words += [f"bench.{key}={value}" for key, value in QUICK.items()]
+        base = config.load(files, [*words, f"out={base.out or OUT}-quick"])
+    if not base.bench.rows:
+        raise InputError("bench.rows: missing; take --config configs/table1_picturebook.yaml, or name rows in a file")
+    if strange := set(base.bench.only) - set(base.bench.rows):
+        raise InputError(f"bench.only: {strange.pop()!r} is no row; they are {', '.join(base.bench.rows)}")
+    if strange := set(base.bench.encoders) - set(protocol.NETWORKS):
+        raise InputError(f"bench.encoders.{strange.pop()}: must be one of {', '.join(protocol.NETWORKS)}")
+    chosen = {name: text for name, text in base.bench.rows.items() if name in (base.bench.only or base.bench.rows)}
+    rows, problems = {}, []
+    for name, text in chosen.items():
+        try:
+            rows[name] = config.load(files, [*words, *shlex.split(text)])
+        except (InputError, ValueError) as error:
+            problems.append(f"row {name!r}: {error}")
+    if problems:
+        raise InputError("\n  ".join([f"{len(problems)} of {len(chosen)} rows cannot be used:", *problems]))
+    folder = Path(base.out or OUT)
+    turns = ("single", "multi") if base.bench.turns == "both" else (base.bench.turns,)
+    found = sets.cases(base.bench, folder, Path(base.pidinet) if base.pidinet else None)
+    return replace(base, out=str(folder)), Benchmark(folder, rows, found, turns, protocol.of(base.bench))
+
+
+def edit(bench: Benchmark, *, track: Track = silent) -> None:
+    """Edit what is not done yet. A case that fails is on record in its folder, with the reason, and stops no other.
+
+    Raises InputError for what would fail every other case too, such as a full disk.
+    """
+    rows = {name: list(bench.cells(name)) for name in bench.rows}
+    labs = _labs(bench)
+    with _unwarned():
+        for batch in track([batch for cells in rows.values() for batch in _batches(cells, bench)], "editing"):
+            lab = labs(batch[0].row, bench.rows[batch[0].row])
+            ready = []
+            for cell in batch:
+                if isinstance(lab, str):
+                    _fail(bench.at(cell), lab, bench.folder)
+                elif (case := _started(bench, cell)) is not None:
+                    ready.append((cell, case))
+            if isinstance(lab, Lab) and ready:
+                _edit(lab, bench, ready)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without warnings of what is odd about a picture or mask: a set's are as they are, and each is read often."""
+    level = pictures.log.level
+    pictures.log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        pictures.log.setLevel(level)
+
+
+def _batches(cells: Sequence[Cell], bench: Benchmark) -> Iterator[list[Cell]]:
+    """Cells that are edited together: of one row, setting and turn; a first turn once."""
+    left: dict[Path, Cell] = {}
+    for cell in cells:
+        left.setdefault(bench.at(cell), cell)
+    for _, kin in groupby(left.values(), key=lambda cell: (cell.setting, cell.setting == "multi" and cell.case.turn)):
+        its, size = list(kin), bench.rows[cells[0].row].batch
+        yield from (its[k : k + size] for k in range(0, len(its), size))
+
+
+def _labs(bench: Benchmark) -> Callable[[str, config.Experiment], Lab | str]:
+    """What gives the lab of a row, or why it has none; rows of one model, one after the other, share it."""
+    last: dict[str, Any] = {}
+
+    def lab(name: str, row: config.Experiment) -> Lab | str:
+        if last.get("row") != name:
+            log.info("row %r", name)
+            model = last.get("model") if last.get("settings") == row.model else None
+            try:
+                last["lab"] = build(row, model=model)
+                last["model"], last["settings"] = last["lab"].model, row.model
+            except InputError as error:
+                log.warning("row %r: %s", name, error)
+                last["lab"] = str(error)
+            last["row"] = name
+        return last["lab"]
+
+    return lab
+
+
+def _started(bench: Benchmark, cell: Cell) -> Case | None:
+    """The case of a cell with what it starts from; None, on record, if the turn before has given nothing."""
+    if cell.before is None:
+        return cell.case
+    before = bench.place(cell.row, cell.setting, cell.before)
+    picture = next((p for name in RESULTS if (p := before / name).is_file()), None)
+    if picture is None or not (before / "result.json").is_file():
+        _fail(bench.at(cell), f"turn {cell.before.turn} of its session has given no picture", bench.folder)
+        return None
+    return replace(cell.case, image=picture)
+
+
+def _edit(lab: Lab, bench: Benchmark, ready: Sequence[tuple[Cell, Case]]) -> None:
+    """Edit cases together; if that fails one by one, and what fails then is put on record."""
+    places = [bench.at(cell) for cell, _ in ready]
+    try:
+        if len(ready) > 1:
+            phases.edit(lab, [case for _, case in ready], places[0].parent)
+        else:
+            phases.edit(lab, [ready[0][1]], places[0])
+    except Exception as error:
+        if _is_everybodys(error):
+            raise
+        if len(ready) > 1:
+            for one in ready:
+                _edit(lab, bench, [one])
+            return
+        log.warning("%s, %s: %s", ready[0][0].row, ready[0][1].id, error, exc_info=error)
+        _fail(places[0], f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}", bench.folder)
+    else:
+        for place in places:
+            (place / "error.json").unlink(missing_ok=True)
+
+
+def _is_everybodys(error: Exception) -> bool:
+    """Whether it is the machine that fails: a disk that is full, a folder that may not be written."""
+    cause = error.__cause__ if isinstance(error, InputError) else error
+    return isinstance(cause, OSError) and cause.errno is not None
+
+
+def _fail(place: Path, why: str, root: Path) -> None:
+    """Put on record that a case has no result, and why."""
+    begin_case(place)
+    write_json(place / "error.json", {"error": " ".join(why.replace(str(root), "").split())[:500]})
+
+
+def error_of(place: Path, row: config.Experiment) -> str | None:
+    """Why a case has no result under the settings of its row; None if it has one."""
+    if said := read_json(place / "error.json").get("error"):
+        return str(said)
+    result = read_json(place / "result.json")
+    if not result:
+        return "not edited yet"
+    now = {"method": settings(config.method(row)), "inversion": _settings(row), "steps": row.steps, "seed": row.seed}
+    then = {key: result.get(key) for key in now}
+    return None if json.loads(json.dumps(now)) == then else "edited under other settings; run the benchmark again"
+
+
+def _settings(row: config.Experiment) -> dict[str, Any]:
+    inversion = config.inversion(row)
+    return settings(getattr(inversion, "resolved", inversion))
+
+
+def score(bench: Benchmark, scorer: Scorer, *, again: bool = False, track: Track = silent) -> list[dict[str, Any]]:
+    """A record of each cell, in the rows' order: what it is, why it failed or its values by measure, NaN where none."""
+    records: list[dict[str, Any]] = []
+    for cell in track([cell for name in bench.rows for cell in bench.cells(name)], "scoring"):
+        interrupt.check()
+        place, case = bench.at(cell), cell.case
+        why = error_of(place, bench.rows[cell.row])
+        values, missing = ({}, {}) if why else scorer.score(case, place, again=again)
+        records.append(
+            {
+                "row": cell.row,
+                "setting": cell.setting,
+                "case": case.id,
+                "session": case.session or "",
+                "turn": case.turn,
+                "final": cell.final,
+                "kind": case.kind,
+                "error": why or "",
+                "missing": "\n".join(f"{name}: {reason}" for name, reason in missing.items()),
+                **{name: values.get(name, math.nan) for name in bench.protocol.columns},
+            }
+        )
+    return records
+
+
+@dataclass
+class Progress:
+    """How far a row is under a setting: cases done, failed and left; seconds and UNet rows of those done."""
+
+    done: int = 0
+    failed: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+
+
+def progress(bench: Benchmark) -> dict[str, Progress]:
+    """How far each row is; a first turn counts once."""
+    found = {}
+    for name, row in bench.rows.items():
+        its = found[name] = Progress()
+        for place in dict.fromkeys(bench.at(cell) for cell in bench.cells(name)):
+            result, why = read_json(place / "result.json"), error_of(place, row)
+            if why is None:
+                its.done += 1
+                its.seconds += sum(result["seconds"].values())
+                its.rows += result["rows"]
+            elif (place / "error.json").is_file():
+                its.failed += 1
+            else:
+                its.left += 1
+    return found

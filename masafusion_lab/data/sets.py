@@ -1,0 +1,86 @@
+"""The cases of a benchmark, from whichever set it names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from masafusion_lab import InputError, hints
+from masafusion_lab.data import folder as folders
+from masafusion_lab.data import magicbrush, picturebook, piebench
+from masafusion_lab.data.case import Case, Made
+from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.picturebook.edits import EDITS
+from masafusion_lab.protocol import Bench
+from masafusion_lab.runs import case_folder, write_picture
+from masafusion_lab.store import home
+
+
+def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]:
+    """The cases that a benchmark runs over; conditions that are drawn for them are kept in `folder`.
+
+    `pidinet`: the weights that draw sketches. Raises InputError with all that is wrong with the set.
+    """
+    if bench.data == "picturebook":
+        if strange := set(bench.kinds) - set(EDITS):
+            raise InputError(f"bench.kinds: {strange.pop()!r} is none of {', '.join(EDITS)}")
+        if bench.count is None or bench.sessions is None:
+            raise InputError("bench.count, bench.sessions: the picture-book world has no end; say how many of each")
+        alone = picturebook.cases("test", bench.count, kinds=bench.kinds or EDITS)
+        found = [*alone, *picturebook.sessions("test", bench.sessions)]
+    else:
+        found = _selected(_read(bench), bench)
+    if bench.hint == "sketch" and pidinet is None and any(not case.hints for case in found):
+        raise InputError("bench.hint=sketch: give the weights that draw it, pidinet=FILE, or take bench.hint=canny")
+    if twice := [id for id, times in Counter(case.id for case in found).items() if times > 1]:
+        raise InputError(f"bench.data={bench.data}: case {twice[0]!r} is there twice")
+    if not found:
+        raise InputError("bench.count, bench.sessions: no cases are left; take more")
+    return [_hinted(case, bench.hint, folder / "hints", pidinet) for case in found]
+
+
+def _read(bench: Bench) -> list[Case]:
+    root = Path(bench.root)
+    if not bench.root or not root.exists():
+        raise InputError(f"bench.root={bench.root}: no such folder; say where the set lies (bench.data={bench.data})")
+    if bench.data == "piebench":
+        return piebench.read_cases(root)
+    if bench.data == "folder":
+        return folders.read_cases(root)
+    if not (root / "edit_sessions.json").is_file() and (root / "data").is_dir():
+        unpacked = case_folder(home() / "sets", str(root.resolve()))
+        if not (unpacked / "edit_sessions.json").is_file():
+            magicbrush.unpack(root, unpacked)
+        return magicbrush.read_sessions(unpacked, texts=root)
+    return magicbrush.read_sessions(root)
+
+
+def _selected(found: Iterable[Case], bench: Bench) -> list[Case]:
+    """The first so many cases that stand alone, and all turns of the first so many sessions."""
+    of_kind = [case for case in found if not bench.kinds or case.kind in bench.kinds]
+    alone = islice((case for case in of_kind if case.session is None), bench.count)
+    names = set(islice(dict.fromkeys(case.session for case in of_kind if case.session is not None), bench.sessions))
+    return [*alone, *(case for case in of_kind if case.session in names)]
+
+
+def _hinted(case: Case, kind: str, folder: Path, pidinet: Path | None) -> Case:
+    """The case with a condition drawn from its target picture, once, where it has none and there is one."""
+    if not kind or case.hints or case.truth is None:
+        return case
+    file = case_folder(folder, case.id).with_suffix(f".{kind}.png")
+    return replace(case, hints={kind: Made(f"{case.id}: its {kind}", partial(_drawn, case, kind, file, pidinet))})
+
+
+def _drawn(case: Case, kind: str, file: Path, pidinet: Path | None) -> Image.Image:
+    if not file.is_file():
+        assert case.truth is not None
+        truth = open_picture(case.truth)
+        write_picture(file, hints.canny(truth) if kind == "canny" else hints.sketch(truth, pidinet))
+    with Image.open(file, formats=["PNG"]) as drawn:
+        return drawn.convert("L")

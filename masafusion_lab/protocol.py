@@ -1,0 +1,100 @@
+"""What a benchmark fixes, as data: which rows, which cases, which columns through which networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Bench:
+    """Rows and cases of a benchmark."""
+
+    data: Literal["picturebook", "magicbrush", "piebench", "folder"] = "picturebook"
+    """The set of cases; folder: pictures or a manifest of yours."""
+    root: str = ""
+    """Where the set lies: the unpacked archive, or the folder or manifest."""
+    protocol: Literal["", "picturebook", "magicbrush", "piebench"] = ""
+    """Which metrics through which networks; empty: those of the set (of a folder magicbrush's)."""
+    count: int | None = None
+    """Of the cases that stand alone the first so many; null: all."""
+    sessions: int | None = None
+    """Of the sessions (several turns of editing) the first so many; null: all."""
+    kinds: list[str] = field(default_factory=list)
+    """Only edits of these kinds, in the set's own words; empty: all."""
+    turns: Literal["both", "single", "multi"] = "both"
+    """single: every turn starts from the set's picture; multi: from the method's own result of the turn before."""
+    hint: Literal["", "sketch", "canny"] = ""
+    """Of real sets: the condition drawn from the target picture, as in the paper; a sketch needs pidinet=FILE."""
+    rows: dict[str, str] = field(default_factory=dict)
+    """By name what is compared: the keys in which a row differs, as "method.name=plain inversion.name=ddim"."""
+    only: list[str] = field(default_factory=list)
+    """Of the rows only these; empty: all."""
+    encoders: dict[str, str] = field(default_factory=dict)
+    """Folder or hub id of a network (clip, dino, judge, lpips), if not the protocol's."""
+
+
+SELECTING = ("rows", "only", "count", "sessions", "kinds", "encoders")
+"""Keys that choose among results, each of which stands for itself, and never change one."""
+
+NETWORKS = ("clip", "dino", "judge", "lpips")
+"""Names of the networks that measures look through."""
+
+QUICK = {"count": 7, "sessions": 1}
+"""Of bench --quick: ten cases of the picture-book world."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A table's columns (names in metrics.MEASURES), those that enter the average rank, and what they look through.
+
+    `encoders`: network -> folder, hub id or picturebook/PART; `views`: what a network is shown (encoders.VIEWS). The
+    version changes when a value that it prints would.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    ranked: tuple[str, ...]
+    encoders: Mapping[str, str]
+    views: Mapping[str, str]
+    version: int = 1
+
+
+FIVE = ("l1", "l2", "clip_i", "dino", "clip_t")
+"""Those of MagicBrush, by which the paper ranks."""
+SEVEN = ("structure", "psnr", "lpips", "mse", "ssim", "clip_whole", "clip_edited")
+"""Those of PIE-Bench."""
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "picturebook",
+            (*FIVE, "done", "psnr", "psnr_area", "ssim_area"),
+            FIVE,
+            {"clip": "picturebook/clip", "dino": "picturebook/dino", "judge": "picturebook/judge"},
+            {"clip": "picturebook", "dino": "picturebook", "keys": "picturebook"},
+        ),
+        Protocol(
+            "magicbrush",
+            (*FIVE, "clip_t_global", "psnr", "psnr_area"),
+            FIVE,
+            {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dino-vits16"},
+            {"clip": "clip", "dino": "dino", "keys": "structure"},
+        ),
+        Protocol(
+            "piebench",
+            (*SEVEN, "structure_unit", "psnr_area", "mse_area", "ssim_area", "clip_cut"),
+            SEVEN,
+            {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vitb8", "lpips": "squeeze"},
+            {"clip": "clip", "dino": "dino", "keys": "structure"},
+        ),
+    )
+}
+"""Name to protocol."""
+
+
+def of(bench: Bench) -> Protocol:
+    """The protocol of a benchmark."""
+    return PROTOCOLS[bench.protocol or (bench.data if bench.data in PROTOCOLS else "magicbrush")]

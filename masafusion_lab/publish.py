@@ -1,0 +1,119 @@
+"""What a benchmark leaves and says, made from its records alone: a Parquet file, tables, a page, a table in W&B."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from masafusion_lab import benchpage, config, tables
+from masafusion_lab.bench import Benchmark, progress, score
+from masafusion_lab.loading import choose_device
+from masafusion_lab.progress import bar
+from masafusion_lab.runs import case_folder, replacing, write_text
+from masafusion_lab.scoring import Scorer
+from masafusion_lab.tables import Record
+from masafusion_lab.tracking import log_table, recording
+
+log = logging.getLogger(__name__)
+
+
+def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool = False) -> None:
+    """Score a benchmark (`again`: what is scored too), publish it, and print its tables."""
+    scorer = Scorer.of(bench.protocol, experiment.bench.encoders, choose_device(experiment.model.device))
+    records = score(bench, scorer, again=again, track=bar)
+    with recording(experiment, bench.folder) as loggers:
+        found = publish(bench, records, scorer, loggers)
+    out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    for table in found:
+        out.print(tables.as_rich(table))
+    out.print(tables.NOTE, Text(str(bench.folder / "report.html")), sep="\n", soft_wrap=True)
+
+
+def print_progress(bench: Benchmark) -> None:
+    """Print how far each row of a benchmark is, and about how long the rest will take."""
+    table, rest = Table("row", "done", "failed", "left", "s an edit", "UNet rows an edit", box=None), 0.0
+    found = progress(bench)
+    for name, its in found.items():
+        mean = its.seconds / its.done if its.done else 0.0
+        rest += mean * its.left
+        each = (f"{mean:.1f}", f"{its.rows / its.done:.0f}") if its.done else ("", "")
+        table.add_row(Text(name), str(its.done), str(its.failed), str(its.left), *each)
+    unknown = [name for name, its in found.items() if its.left and not its.done]
+    Console(highlight=False).print(table, f"about {rest / 60:.0f} minutes left of the rows begun", sep="\n")
+    if unknown:
+        Console(highlight=False).print(Text(f"not begun: {', '.join(unknown)}"), soft_wrap=True)
+
+
+def publish(
+    bench: Benchmark, records: Sequence[Record], scorer: Scorer, loggers: Sequence[Any] = ()
+) -> list[tables.Table]:
+    """Write results.parquet, table.md, table.csv and report.html into the benchmark's folder, and tell the loggers.
+
+    Of MagicBrush's protocol also the pictures in the layout that its own script reads.
+    """
+    found = tables.tables(records, bench.protocol)
+    write_parquet(bench.folder / "results.parquet", records)
+    write_text(bench.folder / "table.md", tables.as_markdown(found))
+    write_text(bench.folder / "table.csv", tables.as_csv(found))
+    if bench.protocol.name == "magicbrush":
+        as_magicbrush(bench)
+    cases = {case.id: case for case in bench.cases}
+    lines = benchpage.contact(
+        bench.folder,
+        records,
+        lambda record: bench.place(record["row"], record["setting"], cases[record["case"]]),
+        cases,
+    )
+    facts = {
+        "protocol": vars(bench.protocol),
+        "networks": dict(scorer.facts),
+        "cases": len(cases),
+        "rows": {name: {"method": row.method, "inversion": row.inversion} for name, row in bench.rows.items()},
+    }
+    cost = {name: its.seconds / its.done for name, its in progress(bench).items() if its.done}
+    benchpage.write_page(bench.folder, found, records, lines, facts, bench.protocol, cost)
+    for logger in loggers:
+        log_table(
+            logger, "bench/table", [dict(zip(tables.FIELDS, line, strict=True)) for line in tables.plain(found)], step=0
+        )
+        for table in found:
+            ranks = zip(table.names, table.stand.average.tolist(), strict=True)
+            logger.log_metrics({f"bench/{table.title}/rank/{name}": rank for name, rank in ranks if rank == rank})
+    return found
+
+
+def as_magicbrush(bench: Benchmark) -> None:
+    """Link all results into magicbrush/ROW/ID/ID_1.png, ID_inde_K.png and ID_iter_K.png, as its script wants them."""
+    for row in bench.rows:
+        for cell in bench.cells(row):
+            picture, case = bench.at(cell) / "target.png", cell.case
+            if case.session is None or not picture.is_file():
+                continue
+            how = "1" if case.turn == 1 else f"{'inde' if cell.setting == 'single' else 'iter'}_{case.turn}"
+            link = case_folder(bench.folder / "magicbrush", row) / case.session / f"{case.session}_{how}.png"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            try:
+                os.link(picture, link)
+            except OSError:  # a file system without links
+                shutil.copyfile(picture, link)
+
+
+def write_parquet(path: Path, records: Sequence[Record]) -> None:
+    """Write records as one Parquet file, the same bytes for the same records."""
+    try:
+        from pyarrow import Table, parquet
+    except ImportError:
+        log.warning("%s is not written: pip install pyarrow", path)
+        return
+    with replacing(path) as partial:
+        parquet.write_table(Table.from_pylist([dict(record) for record in records]), partial, compression="zstd")

@@ -1,0 +1,76 @@
+"""The numbers of an edited case, from its saved picture: a new metric needs no new generation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from masafusion_lab.data.case import Case
+from masafusion_lab.data.pictures import open_picture, region, tensor
+from masafusion_lab.encoders import Networks
+from masafusion_lab.metrics import Pair, measure
+from masafusion_lab.protocol import Protocol
+from masafusion_lab.runs import read_json, write_json
+
+
+def pair(case: Case, picture: Path) -> Pair:
+    """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
+    edited, source = open_picture(picture), open_picture(case.image)
+    truth = None if case.truth is None else open_picture(case.truth)
+
+    def at(size: tuple[int, int]) -> Tensor:
+        return tensor(edited if edited.size == size else edited.resize(size, Image.Resampling.BICUBIC))
+
+    return Pair(
+        edited=tensor(edited),
+        source=tensor(source),
+        at_source=at(source.size),
+        target=case.target,
+        local=case.target if case.caption is None else case.caption,
+        truth=None if truth is None else tensor(truth),
+        at_truth=None if truth is None else at(truth.size),
+        mask=None if case.mask is None else region(case.mask, source, source.size),
+        drawn=case.drawn,
+    )
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Takes a protocol's measures, through its networks; what they are is part of what a number is filed under."""
+
+    protocol: Protocol
+    networks: Networks
+    facts: Mapping[str, str]
+
+    @classmethod
+    def of(cls, protocol: Protocol, places: Mapping[str, str], device: torch.device | str = "cpu") -> Scorer:
+        """The scorer of a protocol with some of its networks from other places."""
+        networks = Networks({**protocol.encoders, **places}, protocol.views, device)
+        return cls(protocol, networks, networks.facts())
+
+    def score(self, case: Case, folder: Path, *, again: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+        """The values of an edited case by measure, NaN with its reason where there is none; kept in scores.json.
+
+        What is there is taken if it was made by the same protocol and networks of the same edit, unless `again`.
+        """
+        edited = read_json(folder / "result.json").get("key")
+        made_of = [self.protocol.name, self.protocol.version, self.protocol.columns, dict(self.facts), edited]
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        found = read_json(folder / "scores.json")
+        if again or found.get("key") != key:
+            both = pair(case, folder / "target.png")
+            taken = {name: measure(name, both, self.networks) for name in self.protocol.columns}
+            found = {
+                "key": key,
+                "values": {name: value for name, (value, _) in taken.items()},
+                "missing": {name: why for name, (_, why) in taken.items() if why},
+            }
+            write_json(folder / "scores.json", found)
+        return {name: float(value) for name, value in found["values"].items()}, dict(found["missing"])

@@ -1,0 +1,439 @@
+"""A benchmark: the same numbers however it was interrupted, ordered or divided, and nothing hidden that failed."""
+
+import csv
+import dataclasses
+import errno
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from masafusion_lab import InputError, bench, cli, config, interrupt, phases, publish, tables
+from masafusion_lab.data import sets
+from masafusion_lab.methods import METHODS
+from masafusion_lab.protocol import PROTOCOLS
+from masafusion_lab.runs import explained, replacing
+from masafusion_lab.scoring import Scorer
+from tests.test_report import Page
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TURNS = 3
+
+
+@pytest.fixture(scope="module")
+def yaml(tmp_path_factory, tiny_root):
+    """A configuration of two rows over one edit and one session of the picture-book world, with the tiny model."""
+    folder = tmp_path_factory.mktemp("bench")
+    path = folder / "bench.yaml"
+    path.write_text(
+        f"""
+model: {{path: {tiny_root}, device: cpu}}
+size: "32"
+steps: 2
+store: {folder / "store"}
+tracking: {{mode: "off"}}
+bench:
+  count: 1
+  sessions: 1
+  rows:
+    plain: method.name=plain inversion.name=ddim
+    ours (DI): method.name=masafusion inversion.name=direct
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(yaml):
+    """That benchmark, edited once."""
+    _, made = bench.read([yaml], [f"out={yaml.with_name('whole')}"])
+    bench.edit(made)
+    return made
+
+
+@pytest.fixture
+def run(yaml, whole, tmp_path):
+    """Edit, from where `whole` ended or `fresh`, and score a benchmark with these words; it and its records."""
+
+    def run(name, *words, scorer=None, fresh=False):
+        _, made = bench.read([yaml], [*words, f"out={tmp_path / name}"])
+        if not fresh and not made.folder.exists():
+            shutil.copytree(whole.folder, made.folder)
+        bench.edit(made)
+        return made, bench.score(made, scorer or Scorer.of(made.protocol, {}))
+
+    return run
+
+
+def pictures(made):
+    """The bytes of all results, by row, setting and case."""
+    found = {}
+    for row in made.rows:
+        for cell in made.cells(row):
+            found[row, cell.setting, cell.case.id] = (made.at(cell) / "target.png").read_bytes()
+    return found
+
+
+def test_every_case_is_edited_by_itself_and_the_sessions_turn_by_turn(run):
+    made, records = run("a")
+    single, multi = ([r for r in records if r["setting"] == setting] for setting in ("single", "multi"))
+    assert (len(single), len(multi)) == (2 * (1 + TURNS), 2 * TURNS)
+    assert [(r["turn"], r["final"]) for r in multi[:TURNS]] == [(1, False), (2, False), (3, True)]
+    assert not any(r["error"] for r in records)
+    assert all(np.isfinite(r["l1"]) for r in records)
+    turns = [cell for cell in made.cells("plain") if cell.setting == "multi"]
+    assert made.at(turns[0]).parent.name == "single"  # a first turn is made once
+    for before, cell in pairwise(turns):
+        own = Image.open(made.at(before) / "target_original_size.png")
+        assert own.size == (128, 128)
+        own = own.resize((32, 32), Image.Resampling.LANCZOS)
+        assert np.array_equal(Image.open(made.at(cell) / "source.png"), own)
+        alone = made.place("plain", "single", cell.case) / "source.png"
+        assert not np.array_equal(Image.open(alone), own)
+
+
+def test_what_is_done_is_not_done_again_and_rows_of_one_model_share_it(run, yaml, monkeypatch):
+    made, want = run("a")
+    labs = []
+    build = bench.build
+    monkeypatch.setattr(bench, "build", lambda *a, **k: labs.append(build(*a, **k)) or labs[-1])
+    monkeypatch.setattr("masafusion_lab.model.StableDiffusion.eps", None)
+    bench.edit(made)
+    assert len(labs) == 2
+    assert len({id(lab.model) for lab in labs}) == 1
+    assert repr(bench.score(made, Scorer.of(made.protocol, {}))) == repr(want)
+
+
+def test_neither_order_nor_division_changes_a_pixel_and_a_batch_none_visibly(run, yaml, whole, tmp_path):
+    want = pictures(whole)
+    _, other = bench.read([yaml], [f"out={tmp_path / 'reversed'}", f"store={tmp_path / 'store'}"])
+    other = dataclasses.replace(other, cases=other.cases[::-1], rows=dict(reversed(other.rows.items())))
+    bench.edit(other)
+    assert pictures(other) == want
+    shard, _ = run("shard", "bench.sessions=0", fresh=True)
+    assert len(pictures(shard)) == 2
+    assert pictures(shard).items() <= want.items()
+    batch, _ = run("batch", "bench.only=ours (DI)", "batch=4", f"store={tmp_path / 'other'}", fresh=True)
+    for cell in batch.cells("ours (DI)"):
+        a, b = (np.asarray(Image.open(made.at(cell) / "target.png"), int) for made in (batch, whole))
+        assert np.abs(a - b).max() <= (1 if cell.case.turn == 1 or cell.setting == "single" else 8)  # turns amplify
+
+
+def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    _, records = run("a", "bench.only=plain")
+    publish.write_parquet(tmp_path / "whole.parquet", records)
+    dice, cuts = random.Random(0), 0
+    for _ in range(4):
+        left = [dice.randrange(40)]
+
+        def fragile(*args, left=left, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise interrupt.Interrupted(signal.SIGTERM)
+            return replacing(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("masafusion_lab.runs.replacing", fragile)
+            try:
+                run("cut", "bench.only=plain", fresh=True)
+            except interrupt.Interrupted:
+                cuts += 1
+    assert cuts >= 3
+    _, again = run("cut", "bench.only=plain", fresh=True)
+    publish.write_parquet(tmp_path / "cut.parquet", again)
+    assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+def test_a_case_that_fails_is_on_record_and_stops_no_other(run, yaml, monkeypatch):
+    edit, fails = phases.edit, {"on": True}
+
+    def fragile(lab, cases, folder, **options):
+        if fails["on"] and any(case.id.endswith("-1-" + case.kind) and case.session for case in cases):
+            raise ArithmeticError("not finite")
+        return edit(lab, cases, folder, **options)
+
+    monkeypatch.setattr(phases, "edit", fragile)
+    made, records = run("a", "batch=2", fresh=True)
+    failed = {(r["row"], r["turn"], r["setting"]): r["error"] for r in records if r["error"]}
+    assert failed == {
+        (row, turn, setting): why
+        for row in made.rows
+        for turn, setting, why in (
+            (1, "single", "ArithmeticError: not finite"),
+            (1, "multi", "ArithmeticError: not finite"),
+            (2, "multi", "turn 1 of its session has given no picture"),
+            (3, "multi", "turn 2 of its session has given no picture"),
+        )
+    }
+    assert all(np.isnan(r["l1"]) for r in records if r["error"])
+    found = tables.tables(records, made.protocol)
+    assert found[0].failed == dict.fromkeys(made.rows, 1)
+    assert "Not edited: plain 1" in tables.caption(found[0])
+    assert {p.failed for p in bench.progress(made).values()} == {3}
+    fails["on"] = False
+    _, again = run("a", "batch=2")
+    assert not any(r["error"] for r in again)
+    assert not list(made.folder.rglob("error.json"))
+
+
+def test_a_row_whose_model_is_not_there_is_na_with_the_reason(run):
+    words = "bench.rows.gone=model.path=/nowhere/at/all method.name=plain"
+    made, records = run("a", words)
+    gone = [r for r in records if r["row"] == "gone"]
+    assert all("no such folder" in r["error"] for r in gone)
+    (text,) = [row for name, row in zip(made.rows, tables.cells(tables.tables(records, made.protocol)[0]), strict=True)
+               if name == "gone"]  # fmt: skip
+    assert {cell for cell, _ in text} == {"n/a"}
+
+
+def test_a_full_disk_ends_the_run_instead_of_failing_every_case(run, monkeypatch):
+    def full(*args, **options):
+        with explained(Path("/tmp/x")):
+            raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(phases, "edit", full)
+    with pytest.raises(InputError, match="disk is full"):
+        run("a", fresh=True)
+
+
+def test_other_settings_are_never_mixed_with_what_is_there(run, yaml, tmp_path):
+    made, before = run("a")
+    guided = "bench.rows.plain=method.name=plain inversion.name=ddim method.guidance=2"
+    _, other = bench.read([yaml], [guided, f"out={made.folder}"])
+    scorer = Scorer.of(other.protocol, {})
+    stale = [r for r in bench.score(other, scorer) if r["row"] == "plain"]
+    assert {r["error"] for r in stale} == {"edited under other settings; run the benchmark again"}
+    _, again = run("a", guided)
+    assert not any(r["error"] for r in again)
+    assert [r["l1"] for r in again if r["row"] == "plain"] != [r["l1"] for r in before if r["row"] == "plain"]
+    assert [r["l1"] for r in again if r["row"] != "plain"] == [r["l1"] for r in before if r["row"] != "plain"]
+
+
+def test_an_encoder_that_cannot_be_had_makes_its_columns_na_and_no_other(run, tmp_path):
+    scorer = Scorer.of(PROTOCOLS["picturebook"], {"clip": str(tmp_path / "none"), "dino": str(tmp_path / "none")})
+    made, records = run("a", "bench.only=plain", scorer=scorer)
+    assert all(np.isnan(r["clip_i"]) and np.isnan(r["dino"]) and np.isfinite(r["l1"]) for r in records)
+    (table, *_) = tables.tables(records, made.protocol)
+    ((*_, (rank, _)),) = tables.cells(table)
+    assert rank == "1.00 [1.0, 1.0]"
+    assert "CLIP-I is missing where: encoder" in tables.caption(table)
+    line = tables.as_markdown([table]).splitlines()[4]
+    assert line.count("n/a") == 3
+    _, back = run("a", "bench.only=plain")
+    assert all(np.isfinite(r["clip_i"]) for r in back)  # the numbers are filed under what made them
+
+
+def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_path):
+    words = ["bench.rows.a=method.name=plian", "bench.rows.b=method.gidance=3", "bench.rows.c='x"]
+    with pytest.raises(InputError) as error:
+        bench.read([yaml], [*words, f"out={tmp_path / 'out'}"])
+    said = str(error.value)
+    assert "3 of 5 rows cannot be used" in said
+    assert "did you mean plain?" in said
+    assert "did you mean method.guidance?" in said
+    assert "No closing quotation" in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"'nobody' is no row; they are plain, ours \(DI\)"):
+        bench.read([yaml], ["bench.only=nobody"])
+    with pytest.raises(InputError, match=r"bench\.rows: missing"):
+        bench.read([], ["bench.count=1", "bench.sessions=0"])
+
+
+def test_the_tables_say_what_the_records_do(run):
+    made, records = run("a")
+    found = tables.tables(records, made.protocol)
+    assert [t.title for t in found] == list(tables.BLOCKS)
+    assert [t.cases for t in found] == [1 + TURNS, 1, TURNS]
+    lines = list(csv.DictReader(tables.as_csv(found).splitlines()))
+    for line in lines:
+        if line["block"] == "single-turn" and line["measure"] == "l1":
+            want = [r["l1"] for r in records if r["row"] == line["row"] and r["setting"] == "single"]
+            assert float(line["mean"]) == pytest.approx(np.mean(want))
+    final = [r for r in records if r["setting"] == "multi" and r["final"]]
+    means = [
+        float(line["mean"]) for line in lines if line["block"] == "multi-turn, final turn" and line["measure"] == "l2"
+    ]
+    assert means == pytest.approx([r["l2"] for r in final])
+    markdown = tables.as_markdown(found)
+    assert markdown.count("### ") == 3
+    assert "ours (DI)" in markdown
+    assert re.search(r"\*\*\d+\.\d{4}±", markdown)
+
+
+def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run):
+    made, records = run("a")
+    publish.publish(made, records, Scorer.of(made.protocol, {}))
+    page = Page(made.folder / "report.html")
+    cells = 2 * (1 + TURNS)
+    assert sum(link.startswith("thumbs/") for link in page.links) == cells + 2 * (1 + TURNS)  # source and truth
+    cases = [link for link in page.links if link.endswith("report.html")]
+    assert len(cases) == cells
+    assert all((made.folder / link).is_file() for link in page.links)
+    assert not [link for link in page.links if ":" in link or link.startswith(("/", ".."))]
+    apart = [float(number) for number in re.findall(r"test-\S+?[a-z]\D* → \D*?(\d+\.\d)\s", page.text)]
+    assert apart == sorted(apart, reverse=True)
+    assert len(apart) == 1 + TURNS
+
+
+def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_path):
+    text = yaml.read_text().replace("ours (DI)", "'=x<script>alert(1)</script>|/'")
+    (tmp_path / "hostile.yaml").write_text(text)
+    _, made = bench.read([tmp_path / "hostile.yaml"], [f"out={tmp_path / 'a'}", "bench.sessions=0"])
+    bench.edit(made)
+    records = bench.score(made, Scorer.of(made.protocol, {}))
+    found = publish.publish(made, records, Scorer.of(made.protocol, {}))
+    assert "script" not in Page(made.folder / "report.html").tags
+    assert tables.as_csv(found).count("'=x") == (len(made.protocol.columns) + 1)
+    assert {p.parent for p in (made.folder / "edits").iterdir()} == {made.folder / "edits"}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run a command in this process; its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*argv):
+        monkeypatch.setattr(sys, "argv", ["masafusion", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_runs_reports_and_scores_anew(command, yaml, whole, tmp_path):
+    words = ["bench", "--config", yaml, "out=b", "bench.sessions=0"]
+    assert "not begun: plain, ours (DI)" in command(*words, "--status")[1]
+    assert not (tmp_path / "b").exists()
+    code, out, _ = command(*words)
+    assert code == 0
+    assert "single-turn" in out
+    for name in ("results.parquet", "table.md", "table.csv", "report.html", "config.yaml"):
+        assert (tmp_path / "b" / name).is_file() or name == "results.parquet"
+    status = command(*words, "--status")[1]
+    assert re.search(r"ours \(DI\) +1 +0 +0", status)
+    for path in (tmp_path / "b").rglob("scores.json"):
+        path.unlink()
+    before = (tmp_path / "b" / "table.csv").read_text()
+    (tmp_path / "b" / "table.csv").unlink()
+    code, out, err = command("score", "b")
+    assert (code, (tmp_path / "b" / "table.csv").read_text()) == (0, before), err
+    assert command("score", "nowhere")[0] == 2
+    code, _, err = command(*words, "steps=1")
+    assert code == 2
+    assert "was begun under another configuration (steps: 2 there, 1 now)" in err
+    assert command(*words, "bench.only=plain")[0] == 0  # a selection mixes nothing
+
+
+def test_quick_is_ten_cases_in_a_folder_of_its_own(yaml):
+    experiment, made = bench.read([yaml], ["out=b"], quick=True)
+    assert len(made.cases) == 10
+    assert experiment.out == "b-quick"
+    assert bench.read([yaml], [], quick=True)[0].out == "runs/bench-quick"
+
+
+def test_two_benchmarks_in_one_folder_are_one_too_many(command, yaml, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "b").mkdir()
+    with FileLock(tmp_path / "b" / ".lock"):
+        code, _, err = command("bench", "--config", yaml, "out=b")
+    assert code == 2
+    assert "is being written by process" in err
+
+
+def rows_of(path):
+    """The rows of a configuration, as words, and the methods that they name."""
+    read = config.read_yaml(path)
+    rows = {
+        key.removeprefix("bench.rows."): shlex.split(text) for key, (_, text) in read.items() if "bench.rows." in key
+    }
+    methods = {name: next(word for word in words if word.startswith("method.name=")) for name, words in rows.items()}
+    return rows, {name: word.partition("=")[2] for name, word in methods.items()}
+
+
+BENCHMARKS = sorted(path for path in CONFIGS.glob("*.yaml") if "\nbench:" in path.read_text())
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_the_rows_of_a_benchmark_that_ships_have_only_settings_that_their_methods_have(path):
+    rows, methods = rows_of(path)
+    assert len(rows) == 10
+    assert path.read_text().startswith(f"# masafusion bench --config configs/{path.name}")
+    for name, words in rows.items():
+        if methods[name] in METHODS:
+            config.load([path], words)
+
+
+def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
+    path = CONFIGS / "table1_picturebook.yaml"
+    there = [name for name, method in rows_of(path)[1].items() if method in METHODS]
+    words = [f"model.path={tiny_root}", "model.device=cpu", "size=32", "steps=3", "bench.count=1", "bench.sessions=0"]
+    places = [f"out={tmp_path / 'out'}", f"store={tmp_path / 'store'}", f"bench.only={','.join(there)}"]
+    _, made = bench.read([path], [*words, *places])
+    bench.edit(made)
+    records = bench.score(made, Scorer.of(made.protocol, {}))
+    assert [record["error"] for record in records] == [""] * len(there)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(yaml, tmp_path):
+    pytest.importorskip("pyarrow")
+
+    def start(out):
+        words = ["bench", "--config", str(yaml), f"out={out}", f"store={out}-store"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "masafusion_lab.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole, dice = time.monotonic() - began, random.Random(1)
+    for _ in range(20):
+        process = start(tmp_path / "cut")
+        time.sleep(dice.uniform(0.5, 1.0) * whole)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        if dice.random() < 0.3:  # else it would be done after a few
+            for place in sorted((tmp_path / "cut" / "edits").rglob("result.json"))[::2]:
+                shutil.rmtree(place.parent)
+    assert start(tmp_path / "cut").wait() == 0
+    a, b = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "cut"))
+    assert a == b
+
+
+def test_the_cases_of_a_benchmark_are_the_sets(yaml):
+    experiment, made = bench.read([yaml], [])
+    assert [case.id for case in made.cases] == [case.id for case in sets.cases(experiment.bench, made.folder)]
+
+
+def test_magicbrushs_own_script_finds_the_pictures_where_it_looks(run):
+    made, _ = run("a", "bench.protocol=magicbrush", "bench.only=plain")
+    publish.as_magicbrush(made)
+    publish.as_magicbrush(made)
+    ((name, turns),) = made.sessions.items()
+    (folder,) = (made.folder / "magicbrush").iterdir()
+    assert {p.name for p in (folder / name).iterdir()} == {
+        f"{name}_{how}.png" for how in ("1", "inde_2", "inde_3", "iter_2", "iter_3")
+    }
+    for how, setting, turn in (("1", "single", 1), ("inde_2", "single", 2), ("iter_3", "multi", 3)):
+        want = made.place("plain", setting, turns[turn - 1]) / "target.png"
+        assert (folder / name / f"{name}_{how}.png").read_bytes() == want.read_bytes()
+
+
+def test_a_network_that_no_measure_looks_through_is_refused(yaml):
+    with pytest.raises(InputError, match=r"bench\.encoders\.klip: must be one of clip, dino, judge, lpips"):
+        bench.read([yaml], ["bench.encoders.klip=somewhere"])

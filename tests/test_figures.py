@@ -1,0 +1,69 @@
+"""The scripts of the paper's figures: their settings exist, and what they draw shows every case under every setting."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import experiments
+from experiments import error_budget, figures, timing
+from masafusion_lab import config
+from masafusion_lab.methods import METHODS
+
+SCRIPTS = sorted(path.stem for path in Path(experiments.__file__).parent.glob("fig[0-9]*.py"))
+
+
+@pytest.fixture
+def words(tiny_root, tmp_path):
+    return [f"model.path={tiny_root}", "model.device=cpu", "size=32", "steps=2", f"store={tmp_path / 'store'}"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_figures_variants_have_only_settings_that_their_methods_have(script):
+    figure = importlib.import_module(f"experiments.{script}").FIGURE
+    assert figure.name == script
+    assert {row for row, _ in figure.panels.values()} <= set(figure.variants)
+    for text in figure.variants.values():
+        of_row = [*figure.words, *text.split()]
+        if next(word for word in of_row if word.startswith("method.name=")).partition("=")[2] in METHODS:
+            config.load(words=of_row)
+
+
+def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(words, tmp_path, capsys):
+    from experiments.fig04_initial_noise import FIGURE
+
+    made = figures.main("", FIGURE, ["--count", "2", "--out", str(tmp_path / "fig"), *words])
+    assert [case.kind for case in made.cases] == ["pose", "replace"]
+    drawn = Image.open(tmp_path / "fig" / "fig04_initial_noise.png")
+    assert drawn.width / drawn.height == pytest.approx(6 * 1.2 / (2 * 1.45 + 0.35), rel=0.02)
+    assert (tmp_path / "fig" / "fig04_initial_noise.pdf").read_bytes()[:5] == b"%PDF-"
+    assert "x in A, else x_T^S" in (tmp_path / "fig" / "table.md").read_text()
+    shown = [figures.result(made, row, made.cases[0], "intermediate") for row in made.rows]
+    assert len({picture.tobytes() for picture in shown}) == 3
+
+
+def test_in_a_figure_what_failed_is_said_in_its_place(words, tmp_path):
+    figure = figures.Figure("fig", {"whole": "method.name=masafusion dilate=99"}, ("add",), lead=())
+    made = figures.main("", figure, ["--count", "1", "--out", str(tmp_path / "fig"), *words])
+    assert "the mask covers the whole picture" in figures.result(made, "whole", made.cases[0], "target")
+
+
+def test_budget_and_drift_are_measured_from_the_same_first_turn(words, tmp_path, capsys):
+    error_budget.main(["--count", "1", "--sessions", "1", "--out", str(tmp_path), *words])
+    found = json.loads((tmp_path / "error_budget.json").read_text())
+    parts = found["budget"]
+    assert parts["inversion"] == 0  # direct inversion replays what it inverted
+    assert parts["total"] == pytest.approx(sum(value for name, value in parts.items() if name != "total"))
+    pixels, latents = found["drift"]["pixels"], found["drift"]["latents"]
+    assert len(pixels) == len(latents) == 4
+    assert pixels[:2] == latents[:2]
+    assert pixels[2:] != latents[2:]
+
+
+def test_timing_is_drawn_with_the_papers_ratio_beside_ours(tmp_path):
+    row = {"invert": 1.0, "edit": 3.0, "whole": 6.0, "rows": 10, "memory_gb": 0.5, "ratio": 1.0}
+    timing.draw(dict.fromkeys(timing.RUNS, row), tmp_path / "timing")
+    assert Image.open(tmp_path / "timing.png").width > 1000
+    assert timing.PAPER["NTI, paper"] / timing.PAPER["DI"] == pytest.approx(4.2, abs=0.01)
