@@ -30,7 +30,7 @@ from masafusion_lab.interrupt import Interrupted
 
 log = logging.getLogger(__name__)
 
-INDIFFERENT = ("out", "store", "force", "batch", "tracking", *(f"sweep.{key}" for key in RUNNING))
+INDIFFERENT = ("out", "store", "force", "batch", "tracking", "launch", *(f"sweep.{key}" for key in RUNNING))
 """Keys of a configuration that change how fast and where results come and who hears of them, never the results."""
 
 REMEDY = "write elsewhere with out=FOLDER"
