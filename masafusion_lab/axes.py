@@ -31,6 +31,22 @@ class Sweep:
     """What is best: a measure, or of two the trade-off, kept,edited; empty: that."""
 
 
+@dataclass
+class Launch:
+    """Who runs the items of a sweep or of an inversion."""
+
+    by: Literal["here", "local", "ray", "submitit"] = "here"
+    """here: this process; local: processes on this machine; ray: a Ray cluster; submitit: a SLURM array."""
+    workers: int = 0
+    """How many; 0: one a device."""
+    address: str = ""
+    """Of the Ray cluster; empty: one of this machine's own."""
+    partition: str = ""
+    """Of SLURM."""
+    minutes: int = 240
+    """Of a SLURM job, after which it is queued again and goes on."""
+
+
 RUNNING = ("rows", "retry", "most", "objective")
 """Keys that change how fast a sweep runs and what is said of it, never a point's result."""
 

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ app.add_typer(cache, name="cache")
 @app.command(cls=WithKeys)
 def edit(words: Words = None, files: Files = None, print_config: Printed = False) -> None:
     """Edit a picture: invert it, or find its inversion in the store, and leave a folder of pictures and facts."""
-    experiment = read(words or (), files or ())
+    experiment = replace(read(words or (), files or ()), axes={})  # of a sweep's file one point
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
@@ -123,10 +124,13 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
         typer.echo(config.to_yaml(experiment), nl=False)
         return
     from masafusion_lab import phases, tracking
+    from masafusion_lab.launch import launch
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+        if experiment.launch.by != "here":
+            launch("invert", folder, experiment.launch, experiment.model.device)
         for case, _, found in phases.invert(lab, cases, loggers=loggers):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)

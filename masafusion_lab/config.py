@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from masafusion_lab import InputError, keys
-from masafusion_lab.axes import Sweep
+from masafusion_lab.axes import Launch, Sweep
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
 from masafusion_lab.protocol import Bench
 
@@ -115,9 +115,10 @@ class Experiment:
     """What a sweep varies: axes.seed=1,2,3, axes.KEY=[0,9],[9,50], range(1,9,2), windows(0,50,5), uniform(1,9) ..."""
     sweep: Sweep = field(default_factory=Sweep)
     bench: Bench = field(default_factory=Bench)
+    launch: Launch = field(default_factory=Launch)
 
 
-TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep, "bench": Bench}
+TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep, "bench": Bench, "launch": Launch}
 """Tables of the experiment whose keys are always the same."""
 PROMPTS = ("source", "target", "instruction")
 FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")

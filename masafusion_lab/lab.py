@@ -154,7 +154,8 @@ def changes(experiment: config.Experiment, inversion: Any, method: Any) -> dict[
         default = type(it)()
         now[table] = settings(it)
         usual[table] = settings(getattr(default, "resolved", default)) | {"name": usual[table]["name"]}
-    for unshown in ("source", "target", "instruction", "out", "store", "force", "tracking", "axes", "sweep", "bench"):
+    aside = "source target instruction out store force tracking axes sweep bench launch"
+    for unshown in aside.split():
         del now[unshown]
     before = dict(_flat(usual))
     return {key: value for key, value in _flat(now) if before.get(key) != value}

@@ -13,8 +13,14 @@ from typer.core import TyperCommand
 
 from masafusion_lab import keys
 
-TITLES = {"": "The edit and the run", "model": "The model", "tracking": "The record", "sweep": "The sweep",
-          "bench": "The benchmark"}  # fmt: skip
+TITLES = {
+    "": "The edit and the run",
+    "model": "The model",
+    "tracking": "The record",
+    "sweep": "The sweep",
+    "bench": "The benchmark",
+    "launch": "Who runs it",
+}
 EXAMPLES = {
     "the built-in example": "masafusion edit",
     "a picture of yours, inside a box": 'masafusion edit image=cat.png source="a cat" target="a dog" box=20,40,90,120 '

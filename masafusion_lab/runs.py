@@ -31,8 +31,11 @@ from masafusion_lab.protocol import SELECTING
 
 log = logging.getLogger(__name__)
 
-INDIFFERENT = ("out", "store", "force", "batch", "tracking", *(f"sweep.{key}" for key in RUNNING),
-               *(f"bench.{key}" for key in SELECTING))  # fmt: skip
+INDIFFERENT = (
+    *("out", "store", "force", "batch", "tracking", "launch"),
+    *(f"sweep.{key}" for key in RUNNING),
+    *(f"bench.{key}" for key in SELECTING),
+)
 """Keys of a configuration that change how fast and where results come and who hears of them, never the results."""
 
 REMEDY = "write elsewhere with out=FOLDER"

@@ -11,7 +11,9 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.forecast import Forecast, forecast
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build
+from masafusion_lab.launch import launch
 from masafusion_lab.runner import Runner
+from masafusion_lab.runs import write_text
 from masafusion_lab.surveypage import Findings, publish
 
 
@@ -27,8 +29,9 @@ def sweep(
 ) -> Findings:
     """Run the points of `experiment.axes` on the cases, but those that are done in the folder; publish what is found.
 
-    `told` hears what is planned before it runs; `lab`: that of the experiment, where it is built already. Raises
-    InputError for axes and points that cannot be, and for an axis that changes nothing.
+    `told` hears what is planned before it runs; `lab`: that of the experiment, where it is built already. Any launcher
+    but "here" wants the cases to be those that the experiment names. Raises InputError for axes and points that cannot
+    be, and for an axis that changes nothing.
     """
     surveyed = survey.read(experiment, cases, Path(folder))
     if experiment.sweep.retry:
@@ -36,6 +39,11 @@ def sweep(
     runner = Runner(surveyed, lab or build(experiment, track=track), track=track)
     found = forecast(surveyed, runner, experiment.sweep.rows)
     told(found)
-    for case, points in surveyed.items():
-        runner.run(case, points)
+    if experiment.launch.by == "here":
+        for case, points in surveyed.items():
+            runner.run(case, points)
+    else:
+        if not (surveyed.folder / "config.yaml").exists():
+            write_text(surveyed.folder / "config.yaml", config.to_yaml(experiment))
+        launch("sweep", surveyed.folder, experiment.launch, experiment.model.device)
     return publish(surveyed, found, experiment.sweep.objective, loggers)
