@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ class Mirror(L.Callback):
                 logger.log_metrics(facts | {"edit/rows": edited.rows}, step=self.cases)
                 log_pictures(logger, "edit/pictures", panels, step=self.cases, of=item.id)
             self.cases += 1
+
+
+class Told(L.Callback):
+    """Tells whoever waits for a fit how far it is: what is under way, steps done, steps in all."""
+
+    def __init__(self, tell: Callable[[str, int, int], None]) -> None:
+        self.tell = tell
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell."""
+        self.tell("null-text inversion", batch_idx + 1, int(trainer.num_training_batches))
 
 
 def shown(item: Item, edited: Edited) -> dict[str, Image.Image]:

@@ -59,8 +59,11 @@ class Lab:
         )
 
 
-def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
-    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError."""
+def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
+    """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
+
+    `model`: the one that it names, where that is loaded already.
+    """
     inversion, method = config.inversion(experiment), config.method(experiment)
     if isinstance(inversion, NullText):
         inversion = inversion.resolved
@@ -71,7 +74,7 @@ def build(experiment: config.Experiment, *, track: Track = silent) -> Lab:
     if precision.endswith("-true") and precision != "32-true":
         raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
     store = Store(Path(experiment.store) if experiment.store else None)
-    model = StableDiffusion.load(**vars(experiment.model))
+    model = model or StableDiffusion.load(**vars(experiment.model))
     with undisturbed():
         make(model.device, experiment.trainer)
     return Lab(

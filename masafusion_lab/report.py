@@ -50,13 +50,17 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     before, after = difference(result["prompts"]["source"], result["prompts"]["target"])
     pictures = [name for name in result["files"] if name.endswith(".png") and not name.startswith("strip")]
-    page = _template().render(
-        result=result,
-        before=before,
-        after=after,
-        pictures=[name for name in pictures if name != "target_original_size.png"],
-        total=sum(result["seconds"].values()),
-        again=shlex.join(["masafusion", "edit", "--config", str(folder / "config.yaml"), f"out={folder}-again"]),
+    page = (
+        pages()
+        .get_template("report.html")
+        .render(
+            result=result,
+            before=before,
+            after=after,
+            pictures=[name for name in pictures if name != "target_original_size.png"],
+            total=sum(result["seconds"].values()),
+            again=shlex.join(["masafusion", "edit", "--config", str(folder / "config.yaml"), f"out={folder}-again"]),
+        )
     )
     path = folder / "report.html"
     write_text(path, page)
@@ -81,7 +85,8 @@ def decibels(value: Any) -> str:
 
 
 @cache
-def _template() -> jinja2.Template:
+def pages() -> jinja2.Environment:
+    """The package's templates, in which every text is escaped."""
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("masafusion_lab"),
         autoescape=True,
@@ -90,4 +95,4 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     pages.filters["decibels"] = decibels
-    return pages.get_template("report.html")
+    return pages
