@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,25 +13,23 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from masafusion_lab import InputError, album, config, form, handlers, interrupt, keys, request, views
-from masafusion_lab.gate import Gate
-from masafusion_lab.studio import Studio
+from masafusion_lab import InputError, config, interrupt, keys
+from masafusion_lab.web import album, form, handlers, views
+from masafusion_lab.web.gate import Gate
+from masafusion_lab.web.studio import Studio
 
 TEMPLATES = Path(__file__).parent / "templates"
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 MONO = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
+TO_RESULT = "() => document.querySelector('.result:not(.hide)')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 
 
-def serve(
-    words: Sequence[str], files: Sequence[Path], *, host: str, port: int | None, told: Callable[[str], None]
-) -> None:
+def serve(studio: Studio, *, host: str, port: int | None, told: Callable[[str], None]) -> None:
     """Serve the lab until a signal ends it; `told` hears its address. Raises InputError, and Interrupted at the end."""
-    experiment = request.read(words, files, edits=False)
-    studio = Studio(words, files, Path(experiment.out or "runs/app"))
     launched = launch(studio, host=host, port=port)
     try:
-        told(launched.local_url)
+        told(str(launched.local_url))
         while True:
             time.sleep(0.2)
             interrupt.check()
@@ -82,7 +80,7 @@ class Annotator:
     outline: gr.Button
     compare: gr.Button
     kind: gr.Radio
-    texts: tuple[gr.Textbox, gr.Textbox, gr.Textbox]
+    texts: list[gr.Textbox]
     words: gr.HTML
     seen: gr.Image
     said: gr.HTML
@@ -97,18 +95,23 @@ def page(studio: Studio) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Edit a picture"):
                 picture = gr.State("")
-                edit = _annotator(studio, "1")
-                gr.HTML(views.part("step", "2", "Run", "The paper's settings, or yours."))
-                fields, inputs = _form(experiment)
                 with gr.Row():
-                    run = gr.Button("Run", variant="primary", scale=3)
-                    stop = gr.Button("Cancel", interactive=False, scale=1)
-                status = gr.HTML()
-                view = _viewer(studio, "3")
+                    with gr.Column(scale=6, min_width=320):
+                        canvas = _canvas("1")
+                    with gr.Column(scale=5, min_width=320):
+                        texts, words = _prompts("2")
+                        gr.HTML(views.part("step", "3", "Run"))
+                        with gr.Row():
+                            run = gr.Button("Run", variant="primary", scale=3, min_width=120)
+                            stop = gr.Button("Cancel", interactive=False, scale=1, min_width=90)
+                        status = gr.HTML()
+                        edit = _annotator(studio, canvas, texts, words)
+                fields, inputs = _form(experiment)
+                view = _viewer("result")
             with gr.Tab("Your runs"):
                 cards = gr.HTML()
                 chosen = gr.Dropdown([], label="Look at", visible=False)
-                old = _viewer(studio, "")
+                old = _viewer()
             with gr.Tab("Annotate a set") as tab:
                 _album(studio, token, tab)
         shown = [status, run, stop, *view, cards, chosen]
@@ -122,41 +125,48 @@ def page(studio: Studio) -> gr.Blocks:
                            show_progress="hidden", api_name="bring")  # fmt: skip
         asked = [token, picture, edit.canvas, edit.kind, *edit.texts, *inputs]
         run.click(partial(handlers.run, studio, fields), asked, shown, show_progress="hidden", concurrency_limit=None,
-                  api_name="run")  # fmt: skip
+                  api_name="run").then(None, js=TO_RESULT)  # fmt: skip
         stop.click(partial(handlers.cancel, studio), token, status, queue=False, api_name="cancel")
         chosen.input(partial(handlers.look, studio), [token, chosen], old, show_progress="hidden", api_name="look")
     return demo
 
 
-def _annotator(studio: Studio, number: str, *classes: str) -> Annotator:
-    """Drawing to the left, words and what the model sees to the right."""
-    ways = [("outlines (of the picture book)", "outlines"), ("canny edges", "canny")]
+def _canvas(number: str = "", *classes: str) -> gr.HTML:
+    """Where region and sketch are drawn."""
+    gr.HTML(views.part("step", number, "Draw", "the region that shall change, and its new outlines"))
+    return gr.HTML(
+        html_template=(TEMPLATES / "canvas.html").read_text(encoding="utf-8"),
+        js_on_load=(TEMPLATES / "canvas.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        elem_classes=[*classes],
+    )
+
+
+def _prompts(number: str = "") -> tuple[list[gr.Textbox], gr.HTML]:
+    """Where prompts and instruction are said, and which tokens of them change."""
+    gr.HTML(views.part("step", number, "Say", "what it shows, and what it shall show"))
+    source = gr.Textbox(label="Source prompt", max_lines=3)
+    target = gr.Textbox(label="Target prompt", max_lines=3)
+    words = gr.HTML()
+    with gr.Accordion("Instruction, for methods that take one", open=False):
+        instruction = gr.Textbox(show_label=False, container=False, max_lines=3)
+    return [source, target, instruction], words
+
+
+def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: gr.HTML) -> Annotator:
+    """What helps to draw: the region as the model sees it, and what is drawn by itself."""
+    with gr.Accordion("The region as the model sees it", open=True):
+        seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220)
+        said = gr.HTML()
+    ways = [("outlines, as the picture book's", "outlines"), ("canny edges", "canny")]
     ways += [("PiDiNet", "pidinet")] if studio.experiment.pidinet else []
-    with gr.Row():
-        with gr.Column(scale=6, min_width=320):
-            gr.HTML(views.part("step", number, "Draw"))
-            canvas = gr.HTML(
-                html_template=(TEMPLATES / "canvas.html").read_text(encoding="utf-8"),
-                js_on_load=(TEMPLATES / "canvas.js").read_text(encoding="utf-8"),
-                apply_default_css=False,
-                elem_classes=[*classes],
-            )
-        with gr.Column(scale=5, min_width=320):
-            gr.HTML(views.part("step", "", "Say"))
-            source = gr.Textbox(label="Source prompt: what the picture shows", max_lines=3)
-            target = gr.Textbox(label="Target prompt: what it shall show", max_lines=3)
-            words = gr.HTML()
-            gr.HTML(views.part("step", "", "As the model sees the region"))
-            seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=260)
-            said = gr.HTML()
-            with gr.Accordion("The sketch from the picture", open=False):
-                how = gr.Radio(ways, value="outlines", label="How")
-                with gr.Row():
-                    outline = gr.Button("Draw the sketch", size="sm")
-                    compare = gr.Button("Region where the sketch differs", size="sm")
-                kind = gr.Radio(["sketch", "canny"], value="sketch", label="The sketch goes to the adapter for")
-                instruction = gr.Textbox(label="Instruction, for methods that take one", max_lines=3)
-    return Annotator(canvas, how, outline, compare, kind, (source, target, instruction), words, seen, said)
+    with gr.Accordion("Sketch and region by themselves", open=False):
+        how = gr.Radio(ways, value="outlines", label="Sketch of the picture")
+        with gr.Row():
+            outline = gr.Button("Draw the sketch", size="sm", min_width=120)
+            compare = gr.Button("Region where the sketch was redrawn", size="sm", min_width=120)
+        kind = gr.Radio(["sketch", "canny"], value="sketch", label="The sketch is a hint of this kind")
+    return Annotator(canvas, how, outline, compare, kind, texts, words, seen, said)
 
 
 def _wire(studio: Studio, parts: Annotator, picture: gr.State, size: Any, dilate: Any) -> None:
@@ -167,7 +177,7 @@ def _wire(studio: Studio, parts: Annotator, picture: gr.State, size: Any, dilate
     size.change(**seen, api_visibility="private")
     dilate.change(**seen, api_visibility="private")
     for text in parts.texts[:2]:
-        text.change(partial(handlers.difference, studio), list(parts.texts[:2]), parts.words, **QUIET,
+        text.change(partial(handlers.difference, studio), parts.texts[:2], parts.words, **QUIET,
                     api_visibility="private")  # fmt: skip
     parts.outline.click(partial(handlers.outline, studio), [picture, parts.how], canvas, show_progress="hidden",
                         api_visibility="private")  # fmt: skip
@@ -179,11 +189,12 @@ def _form(experiment: config.Experiment) -> tuple[list[form.Field], list[Any]]:
     """The fields of a run and their inputs: what is always asked in sight, the rest of method and inversion below."""
     fields = list(form.fields(experiment))
     made: dict[int, Any] = {}
-    with gr.Row():
+    gr.HTML(views.part("step", "", "Settings", "with the paper's as they stand"))
+    with gr.Row(elem_classes=["settings"]):
         for k, field in enumerate(fields):
             if not field.of:
                 made[k] = _input(field, min_width=150)
-    for table in keys.CHOSEN:
+    for table in form.CHOSEN:
         chooser = next(made[k] for k, field in enumerate(fields) if field.key.name == f"{table}.name")
         with gr.Accordion(f"Settings of the {table}", open=False):
             groups = {}
@@ -203,7 +214,11 @@ def _form(experiment: config.Experiment) -> tuple[list[form.Field], list[Any]]:
 def _input(field: form.Field, *, min_width: int) -> Any:
     """The input of a field, with its line of help."""
     name = field.key.name if field.key.name.endswith(".name") else field.key.name.rpartition(".")[2]
-    options: dict[str, Any] = {"label": name.removesuffix(".name"), "info": field.key.doc, "min_width": min_width}
+    options: dict[str, Any] = {
+        "label": name.removesuffix(".name"),
+        "info": field.key.doc or None,
+        "min_width": min_width,
+    }
     if field.key.type is bool:
         return gr.Checkbox(field.value == "true", **options)
     if field.choices:
@@ -213,18 +228,15 @@ def _input(field: form.Field, *, min_width: int) -> Any:
     return gr.Textbox(field.value, max_lines=1, **options)
 
 
-def _viewer(studio: Studio, number: str) -> list[Any]:
+def _viewer(*classes: str) -> list[Any]:
     """Where a finished run is looked at: its group, before and after, all pictures, facts, download."""
-    with gr.Column(visible=False) as group:
-        gr.HTML(views.part("step", number, "Look"))
+    with gr.Column(visible=False, elem_classes=[*classes]) as group:
+        gr.HTML(views.part("step", "", "Look", "drag the line: source to its left, target to its right"))
         with gr.Row():
-            slider = gr.ImageSlider(
-                label="Source | target", interactive=False, format="png", max_height=440, buttons=[]
-            )
-            gallery = gr.Gallery(label="Source, reconstruction, intermediate image, target", columns=2, format="png",
-                                 object_fit="contain", height=440, buttons=[])  # fmt: skip
+            slider = gr.ImageSlider(label="Source | target", interactive=False, format="png", buttons=[])
+            gallery = gr.Gallery(label="All pictures", columns=2, format="png", buttons=[])
         facts = gr.HTML()
-        download = gr.DownloadButton("Download this run", size="sm")
+        download = gr.DownloadButton("Download this run", size="sm", elem_classes=["short"])
     return [group, slider, gallery, facts, download]
 
 
@@ -237,7 +249,11 @@ def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> None:
         jump = gr.Dropdown([], show_label=False, container=False, min_width=160)
         on = gr.Button("Next", size="sm", variant="primary")
         zip_ = gr.DownloadButton("Download the set", size="sm")
-    parts = _annotator(studio, "", "many")
+    with gr.Row():
+        with gr.Column(scale=6, min_width=320):
+            canvas = _canvas("", "many", *(["fixed"] if studio.experiment.cases else []))
+        with gr.Column(scale=5, min_width=320):
+            parts = _annotator(studio, canvas, *_prompts())
     _wire(studio, parts, picture, gr.State(studio.experiment.size), gr.State(studio.experiment.dilate))
     said = [id, parts.canvas, parts.kind, *parts.texts]
     shown = [id, picture, parts.canvas, *parts.texts, parts.kind, state, jump]

@@ -104,14 +104,15 @@ def lab(
 
     Keys say which model, store and record all of it uses, and what stands in the form; out=FOLDER where it is kept.
     """
-    read(words or (), files or (), edits=False)  # which is soon done, and Gradio's import is not
+    experiment = read(words or (), files or (), edits=False)
     try:
-        import gradio  # noqa: F401
+        from masafusion_lab.app import serve
     except ImportError as error:
         raise InputError(f"the lab needs Gradio ({error}): pip install 'masafusion-lab[app]'") from None
-    from masafusion_lab.app import serve
+    from masafusion_lab.web.studio import Studio
 
-    serve(words or (), files or (), host=host, port=port, told=lambda url: typer.echo(f"{url} (Ctrl-C ends it)"))
+    studio = Studio(experiment, words or (), files or (), Path(experiment.out or "runs/app"))
+    serve(studio, host=host, port=port, told=lambda url: typer.echo(f"{url}  Ctrl-C ends it"))
 
 
 @app.command()

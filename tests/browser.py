@@ -71,9 +71,16 @@ class Page:
 
     def press(self, label):
         """The button with this label that can be seen."""
-        found = f"[...document.querySelectorAll('button')].find(b => b.innerText.trim() === {label!r} && b.offsetParent)"
+        found = (
+            f"[...document.querySelectorAll('button')].find(b => b.offsetParent && b.innerText.trim() === {label!r})"
+        )
         self.wait(f"!!{found} && !{found}.disabled")
         self.js(f"{found}.click()")
+
+    def tab(self, label):
+        found = f"[...document.querySelectorAll('[role=tab]')].filter(b => b.innerText.trim() === {label!r})"
+        self.wait(f"{found}.length")
+        self.js(f"{found}.forEach(b => b.click())")
 
     def stroke(self, selector, *points):
         """Draw with the mouse through points, in fractions of an element."""

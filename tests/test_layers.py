@@ -13,8 +13,8 @@ LAYERS = [
     "lockstep model loading",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
-    "data hints pidinet editor callbacks report tracking",
-    "config configfile keys request manual lab phases cli progress doctor sync",
+    "data hints pidinet editor callbacks report tracking annotate",
+    "config configfile keys request manual lab phases cli progress doctor sync app web",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub"}

@@ -29,7 +29,7 @@ function show(box) {
   view.fillRect(0, 0, canvas.width, canvas.height);
   if (!picture) return;
   view.imageSmoothingQuality = "high";
-  for (const [what, alpha] of [[picture, drawing ? 0.28 : 1], [tinted("region"), drawing ? 0.14 : 0.5], [tinted("sketch"), drawing ? 1 : 0.55]]) {
+  for (const [what, alpha] of [[picture, drawing ? 0.28 : 1], [tinted("region"), drawing ? 0.14 : 0.5], [tinted("sketch"), drawing ? 1 : 0.35]]) {
     view.globalAlpha = alpha;
     view.drawImage(what, 0, 0, canvas.width, canvas.height);
   }
@@ -86,6 +86,7 @@ async function take(sent) {
   if (sent.picture) {
     picture = await decoded(sent.picture);
     [canvas.width, canvas.height, past] = [picture.naturalWidth, picture.naturalHeight, []];
+    canvas.style.width = `min(100%, ${64 * canvas.width / canvas.height}vh)`;
     layers.region = blank();
     layers.sketch = blank();
   } else remember();

@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from masafusion_lab import InputError, views
+from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
-from masafusion_lab.handlers import told, uploads
-from masafusion_lab.studio import Studio, brought, zipped
-from masafusion_lab.studio import keep as keep_picture
+from masafusion_lab.web import views
+from masafusion_lab.web.handlers import told, uploads
+from masafusion_lab.web.studio import Studio, brought, zipped
+from masafusion_lab.web.studio import keep as keep_picture
 
 TEXTS = ("source", "target", "instruction")
 

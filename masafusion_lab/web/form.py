@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from masafusion_lab import config, keys
 
 MAIN = ("steps", "seed", "size", "dilate")
 """Keys that belong to no method and no inversion."""
+CHOSEN = ("method", "inversion")
+"""Tables whose keys depend on what is chosen, in their order on the page."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Field:
 def fields(experiment: config.Experiment) -> Iterator[Field]:
     """Every field, those of all methods and inversions among them; what the experiment says stands in them."""
     tables = keys.tables()
-    for key in tables[""]:
-        if key.name in MAIN:
-            yield Field(key, keys.written(getattr(experiment, key.name)))
-    for table in keys.CHOSEN:
+    for table in CHOSEN:
+        yield Field(replace(keys.name_key(table), doc=""), getattr(experiment, table)["name"])
+    plain = {key.name: key for key in tables[""]}
+    for name in MAIN:
+        yield Field(plain[name], keys.written(getattr(experiment, name)))
+    for table in CHOSEN:
         said = getattr(experiment, table)
-        yield Field(keys.name_key(table), said["name"])
         for name in keys.classes(table):
             for key in tables[of := f"{table}.name={name}"]:
                 value = said.get(key.name.partition(".")[2], key.default) if name == said["name"] else key.default

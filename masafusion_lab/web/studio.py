@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from masafusion_lab import InputError, request
-from masafusion_lab.desk import Desk, Job
+from masafusion_lab import InputError, config, request
 from masafusion_lab.runs import read_json, replacing, write_picture
+from masafusion_lab.web.desk import Desk, Job
 
 BYTES = 20_000_000
 """Of a picture that is brought in."""
@@ -47,11 +47,12 @@ class Past:
 
 @dataclass
 class Studio:
-    """The words and files that the lab was started with, the folder in which all is kept, and the desk that computes.
+    """The experiment that the lab was started with, by words and files; where all is kept; the desk that computes.
 
     Each person has a folder of their own, named by a hash of the token that only their browser knows.
     """
 
+    experiment: config.Experiment
     words: Sequence[str]
     files: Sequence[Path]
     root: Path
@@ -59,7 +60,6 @@ class Studio:
 
     def __post_init__(self) -> None:
         """Check what it was started with. Raises InputError."""
-        self.experiment = request.read(self.words, self.files, edits=False)
         if self.experiment.cases and not Path(self.experiment.cases).is_dir():
             raise InputError(f"cases={self.experiment.cases}: the lab annotates a folder of pictures; name one")
         self._lock = threading.Lock()

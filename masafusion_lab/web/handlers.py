@@ -13,10 +13,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from masafusion_lab import InputError, form, request, views
-from masafusion_lab.desk import Job
+from masafusion_lab import InputError, request
 from masafusion_lab.interrupt import Cancelled
-from masafusion_lab.studio import Past, Studio, brought, keep, new_token, zipped
+from masafusion_lab.web import form, views
+from masafusion_lab.web.desk import Job
+from masafusion_lab.web.studio import Past, Studio, brought, keep, new_token, zipped
 
 log = logging.getLogger(__name__)
 

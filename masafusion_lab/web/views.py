@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from masafusion_lab.desk import Desk, Job
 from masafusion_lab.report import pages
-from masafusion_lab.studio import Past
+from masafusion_lab.web.desk import Desk, Job
+from masafusion_lab.web.studio import Past
 
 THUMB = 240
 """Pixels of a small picture's long side."""
