@@ -18,12 +18,17 @@ from PIL import Image, ImageDraw
 from masafusion_lab import InputError, hints
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import LINES, open_hint, open_mask, open_picture, prepare
+from masafusion_lab.picturebook.judge import MODEL
+from masafusion_lab.picturebook.sketcher import Sketcher
 
 SMALL, LARGE = 640, 1024
 """Pixels of the long side that is drawn upon: a smaller picture is magnified, a larger one reduced."""
 
 LARGEST = 8_000_000
 """Characters of a drawing that travels."""
+
+SKETCHER = MODEL / "judge" / "sketcher"
+"""The folder of the network that draws a picture-book picture's outlines."""
 
 PNG = "data:image/png;base64,"
 TINTS = {"edited": (235, 94, 40), "grazed": (245, 190, 60)}
@@ -120,21 +125,18 @@ def seen(
 def outlines(picture: Image.Image) -> Image.Image:
     """A picture-book picture's outlines, white on black, mode L, by the trained sketcher."""
     pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)[None]
-    lines = _sketcher()(pixels)[0, 0].numpy()
+    lines = _sketcher(SKETCHER)(pixels)[0, 0].numpy()
     return Image.fromarray((lines * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
 
 
-@cache
-def _sketcher() -> Callable[[torch.Tensor], torch.Tensor]:
-    from masafusion_lab.picturebook.sketcher import Sketcher
-
-    return Sketcher.load()
+_sketcher = cache(Sketcher.load)
 
 
 def ways(pidinet: str) -> dict[str, Callable[[Image.Image], Image.Image]]:
-    """How a sketch may be drawn from a picture, by name; PiDiNet is one where its weights are given."""
-    drawn: dict[str, Callable[[Image.Image], Image.Image]] = {"outlines": outlines, "canny": hints.canny}
-    return drawn | ({"pidinet": partial(hints.sketch, weights=Path(pidinet))} if pidinet else {})
+    """How a sketch may be drawn from a picture, by name: those whose weights are there."""
+    drawn: dict[str, Callable[[Image.Image], Image.Image]] = {"outlines": outlines} if SKETCHER.is_dir() else {}
+    drawn |= {"pidinet": partial(hints.sketch, weights=Path(pidinet))} if pidinet else {}
+    return drawn | {"canny": hints.canny}
 
 
 def pieces(tokenizer: Any, source: str, target: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from masafusion_lab import InputError, config, interrupt, keys
+from masafusion_lab import InputError, annotate, config, interrupt, keys
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.gate import Gate
 from masafusion_lab.web.studio import Studio
@@ -23,6 +23,23 @@ FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans
 MONO = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
 TO_RESULT = "() => document.querySelector('.result:not(.hide)')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+
+
+class Page(gr.Blocks):
+    """A page that takes no files: one that a request names is neither opened nor fetched, as Gradio by itself would."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> Any:
+        """Refuse inputs that name a file."""
+        if names_file(inputs):
+            raise gr.Error("this page opens no files", print_exception=False)
+        return await super().preprocess_data(block_fn, inputs, *args, **options)
+
+
+def names_file(value: Any) -> bool:
+    """Whether a value that came from outside is, or holds, what Gradio takes for a file."""
+    if isinstance(value, Mapping):
+        return "path" in value or any(map(names_file, value.values()))
+    return isinstance(value, list | tuple) and any(map(names_file, value))
 
 
 def serve(studio: Studio, *, host: str, port: int | None, told: Callable[[str], None]) -> None:
@@ -64,7 +81,7 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None) 
             footer_links=[],
             css_paths=TEMPLATES / "app.css",
             theme=gr.themes.Base(primary_hue="orange", neutral_hue="gray", font=FONT, font_mono=MONO, radius_size="sm"),
-            app_kwargs={"middleware": [Middleware(Gate)]},
+            app_kwargs={"middleware": [Middleware(Gate, served=studio.served)]},
         )
     except OSError as error:
         raise InputError(f"--port {port}: cannot be served at {host} ({error}); take another") from None
@@ -89,7 +106,7 @@ class Annotator:
 def page(studio: Studio) -> gr.Blocks:
     """The page of a studio: edit, earlier runs, a set."""
     experiment = studio.experiment
-    with gr.Blocks(title="MaSaFusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as demo:
+    with Page(title="MaSaFusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as demo:
         token = gr.BrowserState("", storage_key="masafusion", secret="masafusion")  # which hides nothing; see Studio
         gr.HTML(views.part("head", experiment.model.path, studio.root, experiment.tracking.mode))
         with gr.Tabs():
@@ -158,10 +175,9 @@ def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: 
     with gr.Accordion("The region as the model sees it", open=True):
         seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220)
         said = gr.HTML()
-    ways = [("outlines, as the picture book's", "outlines"), ("canny edges", "canny")]
-    ways += [("PiDiNet", "pidinet")] if studio.experiment.pidinet else []
+    ways = list(annotate.ways(studio.experiment.pidinet))
     with gr.Accordion("Sketch and region by themselves", open=False):
-        how = gr.Radio(ways, value="outlines", label="Sketch of the picture")
+        how = gr.Radio(ways, value=ways[0], label="How the sketch is drawn")
         with gr.Row():
             outline = gr.Button("Draw the sketch", size="sm", min_width=120)
             compare = gr.Button("Region where the sketch was redrawn", size="sm", min_width=120)

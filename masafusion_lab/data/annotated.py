@@ -12,7 +12,7 @@ from PIL import Image
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
-from masafusion_lab.data.folder import SUFFIXES, TEXTS, read_cases
+from masafusion_lab.data.folder import SUFFIXES, read_cases
 from masafusion_lab.runs import case_folder, write_picture, write_text
 
 MANIFEST = "manifest.jsonl"
@@ -37,11 +37,12 @@ def is_whole(case: Case) -> bool:
     return bool(case.source and case.target and case.mask is not None)
 
 
-def annotate(folder: Path, id: str, texts: Mapping[str, str], drawings: Mapping[str, Image.Image | None]) -> Case:
+def annotate(folder: Path, id: str, texts: Mapping[str, str], drawings: Mapping[str, Image.Image | None]) -> None:
     """Keep what is said of a picture (source, target, instruction) and drawn over it (mask, sketch, canny, pose).
 
-    A drawing that is None is taken away. Of several who annotate a folder none undoes another's pictures; the manifest
-    is whole at any moment, and names no file that is not. Raises InputError.
+    A text that is empty and a drawing that is None are taken away; what is not named stays. Of several who annotate a
+    folder none undoes another's pictures; the manifest is whole at any moment, and names no file that is not there.
+    Raises InputError.
     """
     folder = folder.resolve()
     with FileLock(folder / f".{MANIFEST}.lock"):
@@ -49,16 +50,21 @@ def annotate(folder: Path, id: str, texts: Mapping[str, str], drawings: Mapping[
         if id not in cases:
             raise InputError(f"{id!r} is no picture of {folder} any more; load the page again")
         rows = {case.id: _row(case, folder) for case in (*_said(folder), cases[id])}
-        row = {column: value for column, value in rows[id].items() if column not in drawings and column != "box"}
-        row |= {column: text for column, text in texts.items() if column in TEXTS}
+        anew = {*texts, *drawings, *(["box"] if "mask" in drawings else [])}
+        row = {column: value for column, value in rows[id].items() if column not in anew}
+        row |= {column: text for column, text in texts.items() if text}
         for column, drawing in drawings.items():
-            name = f"{DRAWINGS}/{case_folder(Path(), id)}-{column}.png"
             if drawing is not None:
-                write_picture(folder / name, drawing)
-                row[column] = name
+                row[column] = f"{DRAWINGS}/{case_folder(Path(), id)}-{column}.png"
+                write_picture(folder / row[column], drawing)
         rows[id] = row
-        write_text(folder / MANIFEST, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows.values()))
-        return annotated(folder)[id]
+        if row.keys() == {"id", "image"}:
+            del rows[id]
+        if rows:
+            lines = (json.dumps(row, ensure_ascii=False) for row in rows.values())
+            write_text(folder / MANIFEST, "".join(f"{line}\n" for line in lines))
+        else:  # which nobody could read
+            (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def _said(folder: Path) -> list[Case]:

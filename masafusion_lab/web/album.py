@@ -9,26 +9,24 @@ from typing import Any
 import gradio as gr
 
 from masafusion_lab import InputError
+from masafusion_lab.annotate import opened, read_drawings
+from masafusion_lab.data.annotated import MANIFEST, annotate, annotated, is_whole
 from masafusion_lab.data.case import Case
+from masafusion_lab.data.pictures import LINES, open_picture
 from masafusion_lab.web import views
 from masafusion_lab.web.handlers import told, uploads
-from masafusion_lab.web.studio import Studio, brought, zipped
-from masafusion_lab.web.studio import keep as keep_picture
+from masafusion_lab.web.studio import Studio, brought, keep_picture, zipped
 
 TEXTS = ("source", "target", "instruction")
 
 
 def album(studio: Studio, token: str) -> dict[str, Case]:
     """The cases of this person's set, by id."""
-    from masafusion_lab.data.annotated import annotated
-
     return annotated(studio.set_folder(token))
 
 
 def open_set(studio: Studio, token: str) -> tuple[Any, ...]:
     """The first picture that is not done yet; see `turn`."""
-    from masafusion_lab.data.annotated import is_whole
-
     with told():
         cases = album(studio, token)
         return _shown(
@@ -54,10 +52,6 @@ def jump(studio: Studio, token: str, by: int, id: str) -> tuple[Any, ...]:
 
 def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str) -> str:
     """Keep in the manifest what is said and drawn of the picture; what there is to know of the set."""
-    from masafusion_lab.annotate import read_drawings
-    from masafusion_lab.data.annotated import annotate
-    from masafusion_lab.data.pictures import open_picture
-
     if not id:
         return ""
     with told():
@@ -66,6 +60,8 @@ def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str)
         if case is None:
             raise InputError(f"{id}: is no picture of {folder} any more; load the page again")
         drawings = read_drawings(sent, open_picture(case.image), kind)
+        if drawings and kind not in case.hints:  # the drawing goes from one kind to the other
+            drawings |= dict.fromkeys(set(LINES) & set(case.hints))
         annotate(folder, id, dict(zip(TEXTS, texts, strict=True)), drawings)
         return _state(studio, token, album(studio, token), id)
 
@@ -84,8 +80,6 @@ def add(studio: Studio, token: str, sent: Any) -> tuple[Any, ...]:
 
 
 def _shown(studio: Studio, token: str, id: str) -> tuple[Any, ...]:
-    from masafusion_lab.annotate import opened
-
     cases = album(studio, token)
     names = gr.update(choices=list(cases), value=id or None)
     if id not in cases:
@@ -98,8 +92,6 @@ def _shown(studio: Studio, token: str, id: str) -> tuple[Any, ...]:
 
 
 def _state(studio: Studio, token: str, cases: Mapping[str, Case], id: str) -> str:
-    from masafusion_lab.data.annotated import MANIFEST, is_whole
-
     done = [case.id for case in cases.values() if is_whole(case)]
     place = list(cases).index(id) + 1 if id in cases else 0
     return views.part("album", place, len(cases), len(done), id in done, studio.set_folder(token) / MANIFEST)

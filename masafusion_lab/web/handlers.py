@@ -14,10 +14,13 @@ import gradio as gr
 from PIL import Image
 
 from masafusion_lab import InputError, request
+from masafusion_lab.annotate import opened, over, read_drawings, ways
+from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.hints import region_from_sketches
 from masafusion_lab.interrupt import Cancelled
 from masafusion_lab.web import form, views
 from masafusion_lab.web.desk import Job
-from masafusion_lab.web.studio import Past, Studio, brought, keep, new_token, zipped
+from masafusion_lab.web.studio import Past, Studio, brought, keep_picture, new_token, zipped
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +43,12 @@ def told() -> Iterator[None]:
 
 def arrive(studio: Studio, token: str) -> tuple[Any, ...]:
     """Who comes, or comes back: token, picture, drawing, prompts, kind of hint, and the runs so far."""
-    from masafusion_lab.annotate import opened
-
     studio.load()
     token = token if isinstance(token, str) and token else new_token()
     experiment = studio.experiment if studio.experiment.image else request.read([], [])
     case = request.cases_of(experiment)[0]
     picture, drawings = opened(case)
-    path = keep(studio.person(token) / "pictures", case.id, picture)
+    path = keep_picture(studio.person(token) / "pictures", case.id, picture)
     kind = next((name for name in drawings if name != "mask"), "sketch")
     texts = case.source, case.target, case.instruction
     return token, str(path), views.drawing(picture, drawings), *texts, kind, *history(studio, token)
@@ -64,7 +65,7 @@ def bring(studio: Studio, token: str, sent: Any) -> tuple[Any, ...]:
     """A picture that was brought in: itself, its drawing, and no prompts."""
     with told():
         name, picture = brought((uploads(sent) or [None])[0])
-        path = keep(studio.person(token) / "pictures", name, picture)
+        path = keep_picture(studio.person(token) / "pictures", name, picture)
     return str(path), views.drawing(picture, {}), "", "", ""
 
 
@@ -85,8 +86,6 @@ def difference(studio: Studio, source: str, target: str) -> str:
 
 def see(studio: Studio, picture: str, sent: Any, size: str, dilate: float) -> tuple[Any, str]:
     """The region as the model will see it, and what to know of it."""
-    from masafusion_lab.annotate import read_drawings
-
     try:
         image = _open(picture)
         region = read_drawings(sent, image, "sketch").get("mask")
@@ -100,17 +99,12 @@ def see(studio: Studio, picture: str, sent: Any, size: str, dilate: float) -> tu
 
 def outline(studio: Studio, picture: str, how: str) -> dict[str, Any]:
     """The sketch drawn from the picture."""
-    from masafusion_lab.annotate import over
-
     with told():
         return views.drawing(None, {"sketch": over(_drawn(studio, how, picture), _open(picture))})
 
 
 def compare(studio: Studio, picture: str, sent: Any, how: str) -> dict[str, Any]:
     """The region in which the sketch differs from the one that is drawn from the picture."""
-    from masafusion_lab.annotate import over, read_drawings
-    from masafusion_lab.hints import region_from_sketches
-
     image = _open(picture)
     with told():
         after = read_drawings(sent, image, "sketch").get("sketch")
@@ -122,14 +116,10 @@ def compare(studio: Studio, picture: str, sent: Any, how: str) -> dict[str, Any]
 
 def _open(picture: str) -> Image.Image:
     """A picture that was kept, or is of the set."""
-    from masafusion_lab.data.pictures import open_picture
-
     return open_picture(Path(picture))
 
 
 def _drawn(studio: Studio, how: str, picture: str) -> Image.Image:
-    from masafusion_lab.annotate import ways
-
     return ways(studio.experiment.pidinet)[how](_open(picture))
 
 
@@ -147,8 +137,6 @@ async def run(
 
     `given`: source, target, instruction, and the values of the form's fields.
     """
-    from masafusion_lab.annotate import read_drawings
-
     try:
         drawings = read_drawings(sent, _open(picture), kind)
         job = studio.submit(token, Path(picture), drawings, run_words(fields, given[:3], given[3:]))

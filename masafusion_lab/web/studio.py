@@ -18,6 +18,8 @@ from typing import Any
 from PIL import Image
 
 from masafusion_lab import InputError, config, request
+from masafusion_lab.annotate import pieces, seen
+from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.runs import read_json, replacing, write_picture
 from masafusion_lab.web.desk import Desk, Job
 
@@ -86,8 +88,6 @@ class Studio:
 
     def pieces(self, source: str, target: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
         """Both prompts in the tokens that the model reads, each with whether it is in this prompt alone."""
-        from masafusion_lab.annotate import pieces
-
         model = self.model
         with self._lock:  # a tokenizer is for one thread at a time, and the model's own is the desk's
             self._tokenizer = self._tokenizer or copy.deepcopy(model.tokenizer)
@@ -95,8 +95,6 @@ class Studio:
 
     def see(self, picture: Image.Image, region: Image.Image, size: str, dilate: int) -> tuple[Image.Image, str]:
         """The region as the model will see it; see `annotate.seen`."""
-        from masafusion_lab.annotate import seen
-
         m = self.model
         return seen(picture, region, factor=m.factor, multiple=m.multiple, native=m.native, size=size, dilate=dilate)
 
@@ -121,7 +119,7 @@ class Studio:
         Raises InputError for what cannot be run, or if too much waits.
         """
         folder = self.person(token)
-        files = {kind: keep(folder / "drawings", kind, image) for kind, image in drawings.items() if image}
+        files = {kind: keep_picture(folder / "drawings", kind, image) for kind, image in drawings.items() if image}
         given = {"image": picture, "mask": "", "box": "", "sketch": "", "canny": "", "pose": "", "cases": "", "out": ""}
         experiment = request.read(
             [*self.words, *(f"{key}={value}" for key, value in (given | files).items()), *words], self.files
@@ -147,7 +145,7 @@ class Studio:
         ]
 
 
-def keep(folder: Path, name: str, image: Image.Image, *, apart: bool = True) -> Path:
+def keep_picture(folder: Path, name: str, image: Image.Image, *, apart: bool = True) -> Path:
     """Keep a picture, PNG, once; `apart`: in a folder of its own in this one, so that its name stays what it was.
 
     Raises InputError if there are too many.
@@ -166,8 +164,6 @@ def brought(upload: Any) -> tuple[str, Image.Image]:
 
     Raises InputError for what is no picture, or too large.
     """
-    from masafusion_lab.data.pictures import open_picture
-
     name, data = (str(upload.get(key, "")) if isinstance(upload, Mapping) else "" for key in ("name", "data"))
     said = Path(name).name[:80] or "picture"
     if len(data) > BYTES * 4 / 3 + 100:

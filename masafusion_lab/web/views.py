@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from masafusion_lab.annotate import canvas_size, to_url
 from masafusion_lab.report import pages
 from masafusion_lab.web.desk import Desk, Job
 from masafusion_lab.web.studio import Past
@@ -29,8 +30,6 @@ def drawing(picture: Image.Image | None, drawings: Mapping[str, Image.Image | No
 
     Drawings are by column; mask is the region, any other the sketch; one that is not named stays as it is.
     """
-    from masafusion_lab.annotate import canvas_size, to_url
-
     put = {"region" if column == "mask" else "sketch": each and to_url(each) for column, each in drawings.items()}
     sent: dict[str, Any] = {"put": put, "stamp": secrets.token_hex(4)}  # the page heeds only what has changed
     if picture is not None:
