@@ -193,6 +193,17 @@ def interference_curves(attention: Attention) -> tuple[list[int], dict[str, list
     return steps, {"inside to outside": flow[steps, 0].tolist(), "outside to inside": flow[steps, 1].tolist()}
 
 
+class Told(L.Callback):
+    """Tells whoever waits for a fit how far it is: what is under way, steps done, steps in all."""
+
+    def __init__(self, tell: Callable[[str, int, int], None]) -> None:
+        self.tell = tell
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Tell."""
+        self.tell("null-text inversion", batch_idx + 1, int(trainer.num_training_batches))
+
+
 def shown(item: Item, edited: Edited) -> dict[str, Image.Image]:
     """The pictures of a case by name, as they were used and made: source, mask, hints, results."""
     height, width = item.pixels.shape[-2:]

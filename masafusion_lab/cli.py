@@ -194,6 +194,28 @@ def score(
         publish.print_scores(experiment, benchmark, again=True)
 
 
+@app.command("app", cls=WithKeys)
+def lab(
+    words: Words = None,
+    files: Files = None,
+    host: Annotated[str, typer.Option(help="Who may reach it: 127.0.0.1 this machine alone.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Free from 7860 on, if not given.", show_default=False)] = None,
+) -> None:
+    """Draw region and sketch in the browser, run edits and compare them; annotate a set of pictures (cases=FOLDER).
+
+    Keys say which model, store and record all of it uses, and what stands in the form; out=FOLDER where it is kept.
+    """
+    experiment = read(words or (), files or (), edits=False)
+    try:
+        from masafusion_lab.app import serve
+    except ImportError as error:
+        raise InputError(f"the lab needs Gradio ({error}): pip install 'masafusion-lab[app]'") from None
+    from masafusion_lab.web.studio import Studio
+
+    studio = Studio(experiment, words or (), files or (), Path(experiment.out or "runs/app"))
+    serve(studio, host=host, port=port, told=lambda url: typer.echo(f"{url}  Ctrl-C ends it"))
+
+
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """Look at this machine and installation: what there is, and what is amiss. Exit status 1 if an edit cannot run."""
@@ -312,15 +334,16 @@ def _one_line(error: Exception) -> str:
 
 
 @contextmanager
-def recorded(experiment: config.Experiment) -> Iterator[Path]:
+def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterator[Path]:
     """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
 
-    Nothing is left of a new folder in which, because of something that cannot be used, nothing was made.
+    It is `out`, or a new one below `root`. Nothing is left of a new folder in which, because of something that cannot
+    be used, nothing was made.
     """
     from masafusion_lab.runs import Run
 
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = Path(experiment.out) if experiment.out else Path("runs") / now
+    folder = Path(experiment.out) if experiment.out else root / now
     new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")
     try:

@@ -1,4 +1,4 @@
-"""Signals as a wish to stop, which the long loops look at between two steps."""
+"""Signals, and people, that wish to stop what runs: the long loops look at them between two steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 
 SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
@@ -13,6 +14,7 @@ SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 _handling = False
 _asked: int | None = None
 """The first signal that has come since `handled` was entered."""
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 class Interrupted(BaseException):
@@ -26,6 +28,14 @@ class Interrupted(BaseException):
     def code(self) -> int:
         """The exit status that a shell expects: 128 and the signal's number."""
         return 128 + self.signum
+
+
+class Cancelled(Interrupted):
+    """Whoever asked for this computation has called it off; the process goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGINT)
+        self.args = ("cancelled",)
 
 
 @contextmanager
@@ -56,10 +66,22 @@ def asked() -> bool:
     return _asked is not None
 
 
+@contextmanager
+def heeding(stop: threading.Event) -> Iterator[None]:
+    """In here, and in this thread alone, `check` raises Cancelled as soon as the event is set."""
+    token = _stop.set(stop)
+    try:
+        yield
+    finally:
+        _stop.reset(token)
+
+
 def check() -> None:
-    """Raise Interrupted if a signal has asked to stop."""
+    """Raise Interrupted if a signal has asked to stop, Cancelled if whom this computation is for has."""
     if _asked is not None:
         raise Interrupted(_asked)
+    if (stop := _stop.get()) is not None and stop.is_set():
+        raise Cancelled
 
 
 def _ask(signum: int, frame: FrameType | None) -> None:

@@ -191,6 +191,13 @@ def classes(table: str) -> dict[str, tuple[str, str]]:
     }
 
 
+def about(table: str, name: str) -> str:
+    """What the class of that name in a table in CHOSEN says of itself, in one line."""
+    module, title = classes(table)[name]
+    node = next(n for n in _tree(module).body if isinstance(n, ast.ClassDef) and n.name == title)
+    return (ast.get_docstring(node) or "").partition("\n")[0]
+
+
 @cache
 def fields(module: str, name: str, prefix: str = "") -> list[Key]:
     """The fields of a dataclass as keys, those of its bases first; a field that is itself a dataclass as its fields."""

@@ -85,11 +85,11 @@ def decibels(value: Any) -> str:
 
 def page(name: str, **what: Any) -> str:
     """A page of templates/; no text that it is given becomes markup."""
-    return _pages().get_template(name).render(what)
+    return pages().get_template(name).render(what)
 
 
 @cache
-def _pages() -> jinja2.Environment:
+def pages() -> jinja2.Environment:
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("masafusion_lab"),
         autoescape=True,

@@ -1,6 +1,7 @@
 import os
 import signal
 import socket
+from importlib.util import find_spec
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+collect_ignore = [] if find_spec("gradio") else ["test_app.py", "test_app_wire.py", "test_app_browser.py"]
 for number in (signal.SIGINT, signal.SIGHUP):  # what is started in the background is told to ignore these
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
@@ -64,3 +66,19 @@ def tiny(tiny_root):
     from masafusion_lab.model import StableDiffusion
 
     return StableDiffusion.load(str(tiny_root))
+
+
+@pytest.fixture
+def studio(tmp_path, tiny_root):
+    """What an annotation lab with the tiny model shares, opened on a small picture of a cat."""
+    from masafusion_lab import request
+    from masafusion_lab.web.studio import Studio
+    from tests.edits import drawn
+
+    drawn().save(tmp_path / "cat.png")
+    words = [f"image={tmp_path / 'cat.png'}", "source=a cat on grass", "target=a red dog on grass", "box=6,6,26,26"]
+    words += [f"model.path={tiny_root}", "model.device=cpu", f"store={tmp_path / 'store'}", "size=48x32", "steps=2"]
+    words += ["tracking.mode=off"]
+    made = Studio(request.read(words, []), words, [], tmp_path / "kept")
+    yield made
+    made.desk.close()

@@ -1,5 +1,8 @@
 """Small cases to edit, and a lab with the tiny model to edit them in."""
 
+import base64
+import io
+
 from PIL import Image, ImageDraw
 
 from masafusion_lab import config, phases
@@ -51,6 +54,25 @@ def watched(lab, *cases, watch=None):
     editor.watch = begin
     edited = editor.predict_step(items)
     return edited, [w.of(b) for w in watching[-len(items) :] for b in range(len(w.batch))][-len(items) :]
+
+
+def sent(region=(6, 6, 26, 26), sketch=True):
+    """What the lab's page sends of a drawing over a picture of SIZE."""
+    from masafusion_lab.annotate import canvas_size, to_url
+
+    size = canvas_size(*SIZE)
+    mask = Image.new("L", size)
+    if region:
+        mask.paste(255, tuple(side * size[0] // SIZE[0] for side in region))
+    lines = drawn("L", size=size, outline=255) if sketch else Image.new("L", size)
+    return {"region": to_url(mask), "sketch": to_url(lines)}
+
+
+def upload(image, name="pic.png"):
+    """What the lab's page sends of a picture that is brought in."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"name": name, "data": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
 
 
 class Calls:

@@ -13,8 +13,8 @@ LAYERS = [
     "lockstep shared model loading network contrast taps encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
-    "data hints pidinet editor callbacks report tracking maps watch figures explorer",
-    "config configfile keys request manual lab phases cli progress doctor sync "
+    "data hints pidinet editor callbacks report tracking maps watch figures explorer annotate",
+    "config configfile keys request manual lab phases cli progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage launch bench scoring tables benchpage publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -1,0 +1,257 @@
+"""The annotation lab without a browser: what each press does, what goes over the wire, and attacks on both."""
+
+import asyncio
+import base64
+import json
+import zipfile
+import zlib
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from masafusion_lab import InputError, cli, config, phases, request
+from masafusion_lab.annotate import canvas_size, to_url
+from masafusion_lab.data.annotated import MANIFEST
+from masafusion_lab.methods import METHODS
+from masafusion_lab.web import album, form, handlers, views
+from masafusion_lab.web.studio import Studio, brought
+from tests.edits import SIZE, drawn, sent, upload
+
+EVIL = '<img src=x onerror=alert(1)>"${1}{{2}}'
+
+
+def ran(studio, token, picture, drawing, *texts, **changes):
+    """All that the page is told of a run."""
+    fields = list(form.fields(studio.experiment))
+    values = [changes.get(field.key.name.replace(".", "_"), field.value) for field in fields]
+
+    async def all_of_it():
+        said = (*texts, *[""] * (3 - len(texts)))
+        return [news async for news in handlers.run(studio, fields, token, picture, drawing, "sketch", *said, *values)]
+
+    return asyncio.run(all_of_it())
+
+
+def test_who_comes_finds_the_picture_that_the_lab_was_started_with_ready_to_run(studio):
+    token, picture, drawing, source, target, _, kind, cards, _ = handlers.arrive(studio, "")
+    assert len(token) > 20
+    assert Path(picture).name == "cat.png"
+    assert Path(picture).is_relative_to(studio.person(token))
+    assert (source, target, kind) == ("a cat on grass", "a red dog on grass", "sketch")
+    assert drawing["put"]["region"]
+    assert "No runs yet" in cards
+    assert handlers.arrive(studio, token)[0] == token
+
+
+def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_same_bytes(
+    studio, tmp_path, monkeypatch
+):
+    token, picture, *_ = handlers.arrive(studio, "")
+    news = ran(studio, token, picture, sent(), "a cat on grass", "a red dog on grass")
+    *_, facts, download, cards, chosen = news[-1]
+    (past,) = studio.past(token)
+    assert past.state["state"] == "done"
+    assert past.result["case"] == "cat"
+    assert past.result["size"] == [48, 32]
+    again = phases.build(config.load([past.folder / "config.yaml"]))
+    (folder,) = phases.edit(again, request.cases_of(config.load([past.folder / "config.yaml"])), tmp_path / "again")
+    assert (folder / "target.png").read_bytes() == (past.folder / "target.png").read_bytes()
+    assert (folder / "mask.png").read_bytes() == (past.folder / "mask.png").read_bytes()
+    assert {path.name for path in folder.iterdir()} <= {path.name for path in past.folder.iterdir()}
+    assert "reconstruction" in facts
+    assert past.folder.name in cards
+    assert chosen["value"] == past.folder.name
+    with zipfile.ZipFile(download["value"]) as archive:
+        assert f"{past.folder.name}/target.png" in archive.namelist()
+
+
+def test_the_inversion_is_reused_when_only_the_rest_changes_and_progress_is_told(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    first = ran(studio, token, picture, sent(), "a cat on grass", "a red dog on grass")
+    second = ran(studio, token, picture, sent((6, 6, 20, 20)), "a cat on grass", "a hat on grass", seed="1")
+    assert "<progress" in first[0][0]
+    assert "which was there already" not in first[-1][6]
+    assert "which was there already" in second[-1][6]
+    names = [past.folder.name for past in studio.past(token)]
+    assert len(names) == 2
+    assert handlers.look(studio, token, names[1])[0]["visible"]
+    assert not handlers.look(studio, token, f"../{names[1]}")[0]["visible"]
+    assert not handlers.look(studio, "another", names[1])[0]["visible"]
+
+
+def test_two_people_do_not_see_each_others_runs(studio):
+    one, picture, *_ = handlers.arrive(studio, "")
+    ran(studio, one, picture, sent(), "a cat", "a dog")
+    other, *_, cards, chosen = handlers.arrive(studio, "")
+    assert other != one
+    assert "No runs yet" in cards
+    assert chosen["choices"] == []
+    assert studio.person(one) != studio.person(other)
+    assert studio.person("../../x").parent == studio.root
+
+
+def test_a_cancelled_run_stops_within_a_step_and_says_so_in_its_folder(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    studio.load().future.result()
+    stopped = []
+    step = studio.model.unet.register_forward_pre_hook(lambda *_: stopped.append(handlers.cancel(studio, token)))
+    news = ran(studio, token, picture, sent(), "a cat", "a dog", steps="40")
+    step.remove()
+    assert "Cancelled" in news[-1][0]
+    assert len(stopped) == 1
+    (past,) = studio.past(token)
+    assert (past.state["state"], past.done) == ("interrupted", False)
+    assert "interrupted" in news[-1][-2]
+    assert ran(studio, token, picture, sent(), "a cat", "a dog")[-1][3]["visible"]
+
+
+@pytest.mark.parametrize(
+    ("drawing", "texts", "changes", "said"),
+    [
+        (sent(), ("a cat", ""), {}, "target: missing"),
+        (sent(region=None), ("a cat", "a dog"), {}, "acts inside a region"),
+        (sent(), ("a cat", "a dog"), {"steps": "0"}, "steps=0: must be 1 to 1000"),
+        (sent(), ("a cat", "a dog"), {"method_preserve_layers": "x"}, "names no layers"),
+        (sent(), ("a cat", "a dog"), {"size": "50"}, "50 is not a multiple"),
+        ({"region": "x", "sketch": "y"}, ("a cat", "a dog"), {}, "not a PNG"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_place_and_leaves_no_run(studio, drawing, texts, changes, said):
+    token, picture, *_ = handlers.arrive(studio, "")
+    news = ran(studio, token, picture, drawing, *texts, **changes)
+    assert said in news[-1][0]
+    assert news[-1][1]["interactive"]
+    assert studio.past(token) == []
+
+
+def test_the_form_has_every_method_with_every_field_and_gives_the_words_of_those_chosen():
+    experiment = config.load(words=["method.guidance=3", "steps=7", "inversion.name=null_text", "inversion.lr=0.1"])
+    fields = list(form.fields(experiment))
+    for name, cls in METHODS.items():
+        its = {field.key.name: field for field in fields if field.of == f"method.name={name}"}
+        assert set(its) == {f"method.{key}" for key in cls.__dataclass_fields__}
+        assert all(field.key.doc for field in its.values())
+    words = form.words(fields, [field.value for field in fields])
+    assert config.load(words=words) == config.load(words=[*words])
+    again = config.load(words=words)
+    assert (again.method, again.inversion, again.steps) == (experiment.method, experiment.inversion, 7)
+    values = ["plain" if field.key.name == "method.name" else field.value for field in fields]
+    assert config.load(words=form.words(fields, values)).method == {"name": "plain", "guidance": 7.5, "null": "tuned"}
+
+
+def test_region_and_sketch_come_from_the_picture_and_from_what_was_redrawn(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    drawn_anew = handlers.outline(studio, picture, "canny")
+    assert set(drawn_anew["put"]) == {"sketch"}
+    redrawn = {"region": sent()["region"], "sketch": to_url(drawn("L", 8, canvas_size(*SIZE), outline=255))}
+    assert handlers.compare(studio, picture, redrawn, "canny")["put"]["region"]
+    same = {"region": redrawn["region"], "sketch": drawn_anew["put"]["sketch"]}
+    with pytest.raises(gr.Error, match="show the same"):
+        handlers.compare(studio, picture, same, "canny")
+    shown, said = handlers.see(studio, picture, redrawn, "48x32", 0)
+    assert "latent cells" in said
+    assert shown.size[0] % SIZE[0] == 0
+    assert "Nothing is painted" in handlers.see(studio, picture, sent(region=None), "48x32", 0)[1]
+
+
+def test_text_with_markup_stays_text(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    assert "<img" not in handlers.difference(studio, EVIL, "a cat")
+    news = ran(studio, token, picture, sent(), EVIL, f"a dog {EVIL}")
+    assert all("<img src=x" not in str(part) for part in news[-1])
+    assert studio.past(token)[0].result["prompts"]["source"] == EVIL
+    assert "<script" not in views.cards(studio.past(token))
+
+
+def bomb(side=20_000):
+    """A PNG of side x side pixels, a few dozen kB."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = side.to_bytes(4, "big") * 2 + b"\1\0\0\0\0"
+    rows = zlib.compress(b"\0" * (side // 8 + 1) * side, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (bomb(), "more than 50,000,000 pixels"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "is not a picture"),
+        (b"<html><script>alert(1)</script>", "is not a picture"),
+        (b"", "is empty"),
+        (b"x" * 20_000_100, "more than 20 MB"),
+        (upload(drawn())["data"].encode()[40:400], "is not a picture"),
+    ],
+    ids=["400 megapixels", "SVG", "HTML", "empty", "too many bytes", "cut"],
+)
+def test_only_pictures_of_a_bearable_size_are_taken(studio, data, said):
+    with pytest.raises(InputError, match=said) as error:
+        brought({"name": "../../etc/cat.png", "data": "data:image/png;base64," + base64.b64encode(data).decode()})
+    assert str(error.value).startswith("cat.png: ")
+    with pytest.raises(gr.Error):
+        handlers.bring(studio, "t", {"uploads": [{"name": "x", "data": "," + base64.b64encode(data).decode()}]})
+    assert not studio.person("t").exists()
+
+
+@pytest.mark.parametrize(
+    "nonsense", [None, 3, "x", {}, {"uploads": 3}, {"uploads": [3]}, {"uploads": [{"name": 4, "data": "%"}]}]
+)
+def test_nonsense_is_refused_in_words(studio, nonsense):
+    with pytest.raises(gr.Error):
+        handlers.bring(studio, "t", nonsense)
+
+
+def test_a_picture_is_kept_under_a_name_that_leads_nowhere(studio):
+    for name in ("../../../etc/passwd", "/abs/x", "CON", ".hidden", "a" * 400, "\0", "", "käfer <b>.png"):
+        path = Path(handlers.bring(studio, "t", {"uploads": [upload(drawn(), name)]})[0])
+        assert path.is_relative_to(studio.person("t") / "pictures")
+        assert path.is_file()
+
+
+def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, tiny_root, monkeypatch, capsys):
+    token, *_ = handlers.arrive(studio, "")
+    assert "No pictures yet" in album.open_set(studio, token)[-2]
+    shown = album.add(studio, token, {"uploads": [upload(drawn(size=SIZE, shift=k), f"cat {k}.png") for k in (0, 4)]})
+    ids = shown[-1]["choices"]
+    assert len(ids) == 2
+    state = album.keep(studio, token, ids[0], sent(), "sketch", "a cat on grass", "a dog on grass", "")
+    assert "1 done" in state
+    assert album.open_set(studio, token)[0] == ids[1]  # taken up where it was left
+    shown = album.turn(studio, token, 1, ids[1], sent(sketch=False), "sketch", "a cat", "a hat", "")
+    assert shown[0] == ids[0]
+    assert shown[3:5] == ("a cat on grass", "a dog on grass")
+    assert "2 done" in shown[-2]
+    manifest = studio.set_folder(token) / MANIFEST
+    assert [sorted(json.loads(line)) for line in manifest.read_text().splitlines()] == [
+        ["id", "image", "mask", "sketch", "source", "target"],
+        ["id", "image", "mask", "source", "target"],
+    ]
+    words = f"cases={manifest} model.path={tiny_root} size=48x32 steps=2 method.hint_until=0 tracking.mode=off"
+    monkeypatch.setattr("sys.argv", ["masafusion", "edit", *words.split(), f"out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*/result.json"))) == 2
+    with zipfile.ZipFile(album.download(studio, token)) as archive:
+        assert f"set/{MANIFEST}" in archive.namelist()
+
+
+def test_a_set_of_the_command_line_takes_no_pictures_from_the_page_and_no_foreign_names(studio, tmp_path):
+    (tmp_path / "set").mkdir()
+    drawn().save(tmp_path / "set" / "a.png")
+    studio.experiment.cases = str(tmp_path / "set")
+    assert album.open_set(studio, "t")[0] == "a"
+    with pytest.raises(gr.Error, match="put pictures there"):
+        album.add(studio, "t", {"uploads": [upload(drawn())]})
+    for id in ("../../x", "b"):
+        with pytest.raises(gr.Error, match="no picture of"):
+            album.keep(studio, "t", id, sent(), "sketch", "a", "b", "")
+    assert album.jump(studio, "t", 0, "../../x")[0] == "a"
+
+
+def test_the_lab_starts_only_on_what_it_can_work_with(tmp_path):
+    with pytest.raises(InputError, match="annotates a folder"):
+        Studio(config.load(words=[f"cases={tmp_path / 'm.csv'}"]), [], [], tmp_path)

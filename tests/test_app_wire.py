@@ -1,0 +1,125 @@
+"""The annotation lab over the wire: what is served, what goes through, and attacks."""
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from masafusion_lab import app
+from masafusion_lab.web import form, handlers
+from masafusion_lab.web.gate import Gate
+from tests.edits import sent
+
+
+@pytest.fixture
+def served(studio):
+    demo = app.launch(studio)
+    yield demo
+    demo.close(verbose=False)
+
+
+def ask(url, data=None, **headers):
+    """The status and text of an answer; the path goes as it is written."""
+    try:
+        asked = urllib.request.Request(url, data, headers)
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def call(url, name, *data):
+    """What an endpoint gives: its last event and that one's data."""
+    body = json.dumps({"data": data, "session_hash": "s"}).encode()
+    status, text = ask(f"{url}gradio_api/call/{name}", body, **{"Content-Type": "application/json"})
+    assert status == 200, text
+    _, text = ask(f"{url}gradio_api/call/{name}/{json.loads(text)['event_id']}")
+    event, _, data = text.strip().rpartition("event: ")[2].partition("\ndata: ")
+    return event, data
+
+
+def test_the_page_is_served_to_this_machine_with_nothing_from_elsewhere(served):
+    url = served.local_url
+    assert url.startswith("http://127.0.0.1:")
+    status, page = ask(url)
+    assert status == 200
+    assert "fonts.googleapis" not in page
+    assert json.loads(ask(f"{url}config")[1])["analytics_enabled"] is False
+
+
+def test_no_file_is_served_but_what_the_lab_made_for_it(served, studio, tmp_path):
+    url, kept = served.local_url, tmp_path / "kept"
+    secret = kept / "secret.txt"
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("secret")
+    outside = ["/etc/passwd", "%2Fetc%2Fpasswd", "../../etc/passwd", str(secret), str(kept), "~/.bashrc"]
+    outside += [f"{studio.served}/x/../../secret.txt", f"{studio.served}/..%2fsecret.txt", "http://example.org/"]
+    for path in outside:
+        assert ask(f"{url}gradio_api/file={path}")[0] == 403, path
+    for path in ("upload", "proxy=http://example.org/", "stream/x", "component_server", "run/arrive", "api/arrive",
+                 "vibe-code", "process_recording", "file/etc/passwd", "custom_component/1/client/x/y"):  # fmt: skip
+        assert ask(f"{url}gradio_api/{path}")[0] == 403, path
+        assert ask(f"{url}gradio_api/{path}", b"x")[0] == 403, path
+    assert ask(f"{url}monitoring")[0] == 403
+
+
+def test_a_file_that_a_request_names_is_neither_opened_nor_fetched(served, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_get", lambda url: fetched.append(url))
+    for path in ("/etc/passwd", "http://example.org/x.png"):
+        file = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
+        for named in (file, {"uploads": [file]}, {"uploads": [{"name": "x", "data": file}]}):
+            assert call(served.local_url, "bring", "token", named)[0] == "error"
+    assert fetched == []
+    assert not app.names_file({"region": "x", "uploads": [{"name": "y", "data": "z"}]})
+
+
+def test_requests_that_are_too_large_or_do_not_say_so_are_refused_unread():
+    gate = Gate(None, Path("/served"))
+    post = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join"}
+    assert gate.refusal({**post, "headers": [(b"content-length", b"50000000")]}) == 413
+    assert gate.refusal({**post, "headers": []}) == 411
+    assert gate.refusal({**post, "headers": [(b"content-length", b"500")]}) == 0
+
+
+def test_an_edit_goes_over_the_wire(served, studio):
+    fields = [field.value for field in form.fields(studio.experiment)]
+    event, data = call(served.local_url, "arrive", "")
+    token = json.loads(data)[0]
+    event, data = call(served.local_url, "run", token, sent(), "sketch", "a cat", "a red dog", "", *typed(fields))
+    assert event == "complete", data
+    (past,) = studio.past(token)
+    assert past.result["prompts"]["target"] == "a red dog"
+
+
+def typed(values):
+    """Values of the form as the page sends them: numbers and ticks as such."""
+    return [{"true": True, "false": False}.get(v, int(v) if v.lstrip("-").isdigit() else v) for v in values]
+
+
+def test_fifty_requests_at_once_are_all_answered_and_those_too_many_are_refused(served, studio):
+    gate, fields = threading.Event(), typed([field.value for field in form.fields(studio.experiment)])
+    tokens = [f"token{k}" for k in range(50)]
+    studio.load().future.result()
+    studio.desk.submit("busy", lambda job: gate.wait(60))
+    call(served.local_url, "arrive", tokens[0])  # the session's picture
+    with ThreadPoolExecutor(50) as pool:
+        asked = [pool.submit(call, served.local_url, "run", token, sent(), "sketch", "a cat", "a dog", "", *fields)
+                 for token in tokens]  # fmt: skip
+        end = time.monotonic() + 60
+        while sum(job.done() for job in asked) < 31 and time.monotonic() < end:
+            time.sleep(0.1)
+        refused = [job.result() for job in asked if job.done()]
+        for token in tokens:
+            handlers.cancel(studio, token)
+        gate.set()
+        answers = [job.result(60) for job in asked]
+    assert len(refused) == 31  # twenty may wait, and one of them is the busy one
+    assert all("20 runs wait already" in data for _, data in refused)
+    assert all(event == "complete" for event, _ in answers)
+    assert ask(served.local_url)[0] == 200
