@@ -278,32 +278,3 @@ def denoisers(rule: Noise, i: int | None = None) -> tuple[str, ...]:
     if isinstance(rule, Weighted):
         return tuple(rule.weights)
     return (rule.inside, rule.outside) if i is None or i in rule.steps else (rule.inside,)
-
-
-@dataclass(frozen=True)
-class Script:
-    """A plan written out: of each step its branches, and the latents that it makes, as `Plan.at` and `Plan.moves`."""
-
-    branches: Sequence[Mapping[str, Branch]]
-    made: Sequence[Mapping[str, tuple[str, Noise]]]
-    sde: Mapping[str, Sde] = field(default_factory=dict)
-
-    def at(self, i: int) -> Mapping[str, Branch]:
-        """The branches of step i."""
-        return self.branches[i]
-
-    def moves(self, i: int) -> Mapping[str, tuple[str, Noise]]:
-        """The latents that step i makes."""
-        return self.made[i]
-
-    def used(self, i: int) -> Iterator[str]:
-        """The branches whose eps step i uses."""
-        for _, rule in self.made[i].values():
-            yield from denoisers(rule, i)
-
-    def everywhere(self) -> Script:
-        """It is written for the regions there are."""
-        return self
-
-    def check(self, **facts: object) -> None:
-        """The plans that it was written from were checked."""

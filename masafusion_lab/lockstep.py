@@ -11,7 +11,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Script, Weighted, needs, ordered
+from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Sde, Weighted, denoisers, needs, ordered
 from masafusion_lab.given import Given
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -25,6 +25,35 @@ class State:
     i: int
     x: Mapping[str, Tensor]
     rows: int = 0
+
+
+@dataclass(frozen=True)
+class Script:
+    """A plan written out: of each step its branches, and the latents that it makes, as `Plan.at` and `Plan.moves`."""
+
+    branches: Sequence[Mapping[str, Branch]]
+    made: Sequence[Mapping[str, tuple[str, Noise]]]
+    sde: Mapping[str, Sde] = field(default_factory=dict)
+
+    def at(self, i: int) -> Mapping[str, Branch]:
+        """The branches of step i."""
+        return self.branches[i]
+
+    def moves(self, i: int) -> Mapping[str, tuple[str, Noise]]:
+        """The latents that step i makes."""
+        return self.made[i]
+
+    def used(self, i: int) -> Iterator[str]:
+        """The branches whose eps step i uses."""
+        for _, rule in self.made[i].values():
+            yield from denoisers(rule, i)
+
+    def everywhere(self) -> Script:
+        """It is written for the regions there are."""
+        return self
+
+    def check(self, **facts: object) -> None:
+        """The plans that it was written from were checked."""
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,13 @@ def page(name: str, **what: Any) -> str:
 
 @cache
 def pages() -> jinja2.Environment:
-    pages = jinja2.Environment(
+    """The templates, in which no text becomes markup."""
+    found = jinja2.Environment(
         loader=jinja2.PackageLoader("masafusion_lab"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    pages.filters["decibels"] = decibels
-    return pages
+    found.filters["decibels"] = decibels
+    return found

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import HALVES, Branch, Hint, Masked, Noise, Plan, Script, Span, Take, denoisers
+from masafusion_lab.fusion import HALVES, Branch, Hint, Masked, Noise, Plan, Span, Take, denoisers
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import Course, calls, check
+from masafusion_lab.lockstep import Course, Script, calls, check
 
 Move: TypeAlias = tuple[str, Noise]
 """The latent that another is made from, and what denoises it."""

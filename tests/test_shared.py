@@ -10,7 +10,7 @@ import torch
 from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Hint, Plan, Take
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import Course, calls
+from masafusion_lab.lockstep import Course, Script, calls
 from masafusion_lab.methods import MaSaFusion, Plain
 from masafusion_lab.shared import KNOWN, is_shareable, share
 
@@ -130,10 +130,11 @@ def test_rows_are_split_with_what_they_read():
     read = {"S": Branch("source", "source")} | {
         f"T{k}": Branch("target", "target", take=Take("S", "S", "S")) for k in range(4)
     }
-    parts = calls(read, 0, 7.5, most=3)
+    plan = Script([read], [{f"t{k}": ("target", f"T{k}") for k in range(4)}])
+    parts = calls(plan, 0, 7.5, most=3)
     assert all(len(part) <= 3 and {("S", half) for _, half in part} <= {*part} for part in parts)
-    assert {row for part in parts for row in part} == {*calls(read, 0)[0]}
-    assert [len(part) for part in calls(read, 0, most=1)] == [2] * 8
+    assert {row for part in parts for row in part} == {*calls(plan, 0)[0]}
+    assert [len(part) for part in calls(plan, 0, most=1)] == [2] * 8
 
 
 def test_a_plan_that_says_what_is_not_understood_runs_apart(monkeypatch):
