@@ -112,7 +112,7 @@ class Step:
         for tap in self.taps:
             rows = [row for row in self.rows if tap.wants(site, self.i, row)]
             if rows:
-                own = {row: ("plain", ((self.index[row],) * 3,)) for row in rows}
+                own: dict[Row, Recipe] = {row: ("plain", ((self.index[row],) * 3,)) for row in rows}
                 found.append((tap, own if tap.own else {row: self._recipe(row, site) for row in rows}))
         return found
 

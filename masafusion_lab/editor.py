@@ -138,7 +138,7 @@ class Editor(LightningModule):
         """Edit a batch of items of one size."""
         model, clock = self.model, Clock(self.model.device)
         given, record, x = self.ready(batch)
-        states, pixels = record.states, given.pixels
+        states, pixels = record.states, torch.stack([item.pixels for item in batch]).to(model.device)
         clock.lap("prepare")
         steps = self.method(model, given, record, x, schedule=self.schedule, taps=self.watch(batch))
         what = f"editing {batch[0].id}" if len(batch) == 1 else f"editing {len(batch)} pictures"

@@ -66,6 +66,10 @@ class Course:
     replay: Mapping[str, Tensor] = field(default_factory=dict)
     w: float = 7.5
 
+    def check(self, *, steps: int, layers: int) -> None:
+        """Raise InputError for a plan that a model of so many self-attention layers cannot follow in so many steps."""
+        check(self.plan, self.given, steps=steps, layers=layers, latents={*self.x, *self.replay})
+
     def run(self, model: StableDiffusion, *, schedule: Schedule, **options: Any) -> Iterator[State]:
         """Its `lockstep`."""
         return lockstep(
@@ -100,7 +104,7 @@ def lockstep(
     InputError for a plan that this model and batch cannot follow, NotFinite where a step's eps is not finite.
     """
     replay, x, rows = replay or {}, dict(x), 0
-    check(plan, given, steps=len(schedule), layers=self_layers(model.sites), latents={*x, *replay})
+    Course(plan, x, given, replay).check(steps=len(schedule), layers=self_layers(model.sites))
     if given.mask is None:
         plan = plan.everywhere()
     for i in range(start, len(schedule)):

@@ -127,7 +127,7 @@ class Runner:
                 work.call = calls[kin]
                 if isinstance(lab.method, Shareable):
                     course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
-                    course.check(len(lab.schedule), self.layers)
+                    course.check(steps=len(lab.schedule), layers=self.layers)
                     work.course = course if is_shareable(course) else None
                 found.append(work)
             except (InputError, ArithmeticError) as error:

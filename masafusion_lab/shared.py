@@ -13,7 +13,7 @@ from torch import Tensor
 from masafusion_lab import InputError
 from masafusion_lab.fusion import HALVES, Branch, Hint, Masked, Noise, Plan, Span, Take, denoisers
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import Course, Script, calls, check
+from masafusion_lab.lockstep import Course, Script, calls
 
 Move: TypeAlias = tuple[str, Noise]
 """The latent that another is made from, and what denoises it."""
@@ -48,7 +48,7 @@ def share(courses: Sequence[Course], *, steps: int, layers: int, wanted: Iterabl
     """
     common, wanted = Common(layers), tuple(wanted)
     for course in courses:
-        check(course.plan, course.given, steps=steps, layers=layers, latents={*course.x, *course.replay})
+        course.check(steps=steps, layers=layers)
     latents = [common.start(course) for course in courses]
     made: list[dict[str, Move]] = [{} for _ in range(steps)]
     for i in range(steps):
@@ -136,6 +136,7 @@ class At:
         """What denoises a latent."""
         if isinstance(rule, str):
             return self.branch(rule)
+        assert isinstance(rule, Masked), "only what is_shareable"
         region = self.course.given.region(rule.region)
         if self.i not in rule.steps or region is None:
             return self.branch(rule.inside)
@@ -175,7 +176,9 @@ class At:
         layers = frozenset(d for d in range(self.common.layers) if d in rule.layers)
         if not layers or not rule.read:
             return None
-        read = {part: None if (b := getattr(rule, part)) is None else self.branch(b, path) for part in "qkv"}
+        read: dict[str, Any] = {
+            part: None if (b := getattr(rule, part)) is None else self.branch(b, path) for part in "qkv"
+        }
         return replace(rule, steps=Span(), layers=layers, halves=halves, **read)
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from masafusion_lab import InputError, words
+from masafusion_lab import InputError, fusion, words
 from masafusion_lab.editor import Editor, Item
-from masafusion_lab.fusion import Branch, Plan, Span
+from masafusion_lab.fusion import Branch, Masked, Plan, Span
 from masafusion_lab.maps import Attention
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.taps import DistanceTap, FlowTap, PixelTap, Scope, WordTap, bins
@@ -143,7 +143,8 @@ def denoisers(plan: Plan) -> dict[str, tuple[str, str]]:
     for name in dict.fromkeys(branch.x for branch in plan.branches.values()):
         first = next(b for b, branch in plan.branches.items() if branch.x == name)
         rule = plan.noise.get(name, first)
-        found[name] = (rule, rule) if isinstance(rule, str) else (rule.inside, rule.outside)
+        its = fusion.denoisers(rule)
+        found[name] = its[0], its[isinstance(rule, Masked)]
     return found
 
 

@@ -171,12 +171,13 @@ class LocalBlend:
         """The target with the source in the pixels of neither prompt's words."""
         if state.i <= self.start:
             return {}
-        source, target = state.x["source"], state.x["target"]
+        maps, source, target = self.maps, state.x["source"], state.x["target"]
+        assert maps is not None, "plan() refuses a resolution that no layer has"
         height, width = target.shape[-2:]
 
         def pixels(words: Tensor, reach: int) -> Tensor:
             """Where either prompt's words are looked at, (B, 1, h, w), and as many cells around it."""
-            looks = (self.maps * words[:, :, None, None]).sum(-1)
+            looks = (maps * words[:, :, None, None]).sum(-1)
             looks = F.interpolate(F.max_pool2d(looks, 2 * reach + 1, 1, reach), (height, width))
             return (looks > self.threshold * looks.amax((-2, -1), keepdim=True)).any(0)[:, None]
 
