@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup edit test slow lint format notebooks speed quality picturebook clean
+.PHONY: help setup edit test slow lint format notebooks speed quality attention picturebook clean
 PY := .venv/bin/python
 
 help:           ## this list
@@ -36,6 +36,9 @@ speed:          ## the benchmark of the engine: ratios within one run
 
 quality:        ## 50 test edits of the picture-book world, DI and NTI
 	$(PY) -m experiments.edit_quality
+
+attention:      ## what watching costs, word maps against true regions, interference by method
+	$(PY) -m experiments.attention
 
 picturebook:    ## the whole training recipe of the picture-book model (hours on two cores, minutes on a GPU)
 	$(PY) -m experiments.picturebook.all
