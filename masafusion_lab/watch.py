@@ -75,7 +75,8 @@ class Watch:
                 "allowed: take fewer bins, heads or layers, batch=1, or allow more"
             )
         mask = torch.stack([torch.ones(1, h, w) if item.mask is None else item.mask for item in batch]).to(model.device)
-        pairs = [(inside, latents["target"][0]) for x, (inside, _) in latents.items() if x != "target" in latents]
+        target, _ = latents.get("target", ("", ""))
+        pairs = [(inside, target) for x, (inside, _) in latents.items() if target and x != "target"]
         taps: list[AnyTap] = [word, pixel, DistanceTap(mask, steps, pairs, looks)]
         if batch[0].mask is not None:
             edited = {name: torch.stack([_at(of[name], model.length) for of in prompts]) for name in prompts[0]}
@@ -113,7 +114,7 @@ class Watching:
             "bins": [[part.start, part.stop] for part in self.word.bins],
             "layers": {
                 kind: [
-                    {"name": s.name, "heads": s.heads, "level": s.level} for s in self.model.sites if s.cross == cross
+                    {"name": s.name, "heads": s.heads, "scale": s.scale} for s in self.model.sites if s.cross == cross
                 ]
                 for kind, cross in (("self", False), ("cross", True))
             },

@@ -25,7 +25,7 @@ def lab(tiny_root, tmp_path):
 
 def sights(p, grid, *, cross=False, chunks=1, i=0, heads=1):
     """The weights of each branch (B, heads, queries, keys), as a tap is shown them in so many chunks."""
-    site = Site("down_blocks.0.attn", 0, cross, heads)
+    site = Site("down_blocks.0.attn", 0, cross, 1, heads)
     size = math.ceil(grid[0] * grid[1] / chunks)
     for first in range(0, grid[0] * grid[1], size):
         part = {(b, "text"): x[:, :, first : first + size] for b, x in p.items()}
