@@ -23,18 +23,18 @@ Row: TypeAlias = tuple[str, str]
 class Site:
     """One attention layer. `depth` counts self- or cross-attention layers in running order: down, mid, up.
 
-    `scale`: latent cells along a side of its pixels.
+    `level`: how often the latent's sides are halved there.
     """
 
     name: str
     depth: int
     cross: bool
-    scale: int = 1
     heads: int = 1
+    level: int = 0
 
     def grid(self, h: int, w: int) -> tuple[int, int]:
         """Height and width of this layer's pixels for a latent of h x w."""
-        return -(-h // self.scale), -(-w // self.scale)
+        return -(-h // 2**self.level), -(-w // 2**self.level)
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ def install(unet: nn.Module) -> tuple[Site, ...]:
     deepest, sites = len(unet.get_submodule("down_blocks")) - 1, list[Site]()  # type: ignore[arg-type]
     for name, module in layers:
         cross, (place, block, *_) = name.endswith("attn2"), _running_order(name)
-        scale = 2 ** (block, deepest, deepest - block)[place]
-        sites.append(Site(name, sum(s.cross == cross for s in sites), cross, scale, int(module.heads)))
+        level = (block, deepest, deepest - block)[place]
+        sites.append(Site(name, sum(s.cross == cross for s in sites), cross, int(module.heads), level))
         if not isinstance(module.processor, RoutedAttention):
             module.set_processor(RoutedAttention(sites[-1]))
     return tuple(sites)

@@ -159,7 +159,7 @@ class Attention:
       distance/A:B/HALF/DEPTH    (T, heads, 2)                           total variation inside A, outside
       mask                       (h, w)                                  A, if there is a region
     `facts`, JSON in the file's metadata: "case"; "steps"; "grid", of the latent; "bins", [first, stop] each; "layers",
-    of "self" and "cross" attention by depth: "name", "heads", "scale"; "branches", name -> "x", its latent, and the
+    of "self" and "cross" attention by depth: "name", "heads", "level"; "branches", name -> "x", its latent, and the
     prompts that its "text" and "null" halves read; "latents", name -> the branches that denoise it "inside" and
     "outside"; "prompts", name -> "text", "words" with the places of their tokens, "tokens", start and end among them,
     "edited", numbers of the words that the other prompt does not have; "watch", settings.

@@ -210,10 +210,10 @@ def test_pixels_and_regions_are_asked_by_their_place():
     assert maps.components().unique(dim=None).numel() > 2
 
 
-def test_sites_know_heads_and_scale(tiny):
-    assert {(s.name.split(".attentions")[0], s.heads, s.scale) for s in install(tiny.unet)} == {
-        ("down_blocks.0", 2, 1), ("down_blocks.1", 2, 2), ("down_blocks.2", 2, 4), ("mid_block", 2, 4),
-        ("up_blocks.0", 2, 4), ("up_blocks.1", 2, 2), ("up_blocks.2", 2, 1),
+def test_sites_know_heads_and_level(tiny):
+    assert {(s.name.split(".attentions")[0], s.heads, s.level) for s in install(tiny.unet)} == {
+        ("down_blocks.0", 2, 0), ("down_blocks.1", 2, 1), ("down_blocks.2", 2, 2), ("mid_block", 2, 2),
+        ("up_blocks.0", 2, 2), ("up_blocks.1", 2, 1), ("up_blocks.2", 2, 0),
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def lab(tiny_root, tmp_path):
 
 def sights(p, grid, *, cross=False, chunks=1, i=0, heads=1):
     """The weights of each branch (B, heads, queries, keys), as a tap is shown them in so many chunks."""
-    site = Site("down_blocks.0.attn", 0, cross, 1, heads)
+    site = Site("down_blocks.0.attn", 0, cross, heads)
     size = math.ceil(grid[0] * grid[1] / chunks)
     for first in range(0, grid[0] * grid[1], size):
         part = {(b, "text"): x[:, :, first : first + size] for b, x in p.items()}
@@ -134,6 +134,12 @@ def test_attention_that_all_leaves_and_all_enters_crosses_wholly():
     mask = region([1, 0])
     sums = shown(FlowTap(mask, 1, {}), {"a": torch.eye(2).flip(0)[None, None]}, (1, 2))
     torch.testing.assert_close(sums["flow/a/text/0"], torch.ones(1, 1, 1, 2))
+
+
+def test_keys_of_two_branches_side_by_side_count_by_their_place():
+    mask, p = region([1, 0]), torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])[None, None]
+    sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2))
+    torch.testing.assert_close(sums["flow/a/text/0"], torch.tensor([0.3, 0.4]).expand(1, 1, 1, 2))
 
 
 def test_the_mass_of_edited_words_is_told_apart_by_the_border():
