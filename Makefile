@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup edit test slow lint format notebooks speed quality bench picturebook clean
+.PHONY: help setup edit test slow lint format notebooks speed quality bench attention picturebook clean
 PY := .venv/bin/python
 
 help:           ## this list
@@ -39,6 +39,9 @@ quality:        ## 50 test edits of the picture-book world, DI and NTI
 
 bench:          ## Table 1 on ten cases of the picture-book world
 	$(PY) -m experiments.table1 --quick
+
+attention:      ## what watching costs, word maps against true regions, interference by method
+	$(PY) -m experiments.attention
 
 picturebook:    ## the whole training recipe of the picture-book model (hours on two cores, minutes on a GPU)
 	$(PY) -m experiments.picturebook.all

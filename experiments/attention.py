@@ -88,7 +88,8 @@ def one_edit(words: Sequence[str], watched: bool) -> tuple[float, float]:
     editor = phases.Editor(lab.model, lab.method, lab.schedule)
     item = phases._item(case, lab.prepare(case), record)
     if watched:
-        editor.watch = lambda batch: Watch().begin(editor, batch).taps
+        watch = Watch(bins=max(1, min(Watch.bins, len(lab.schedule) // 5)))  # short runs are looked at as often
+        editor.watch = lambda batch: watch.begin(editor, batch).taps
     start = time.process_time()
     (edited,) = editor.predict_step([item])
     spent = time.process_time() - start if lab.model.device.type == "cpu" else edited.seconds["denoise"]

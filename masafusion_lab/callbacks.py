@@ -123,7 +123,7 @@ class Attend(L.Callback):
         keep: Callable[[Path, Mapping[str, Image.Image], Attention], Mapping[str, Image.Image]] | None = None,
     ) -> None:
         self.watch, self.every, self.keep = watch, every, keep
-        self.cases, self.seen = 0, dict[str, tuple[Watching, int]]()
+        self.cases, self.chosen, self.seen = 0, set[str](), dict[str, tuple[Watching, int]]()
 
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """Have the editor watched."""
@@ -179,7 +179,7 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
                     "branch": name,
                     "word": word,
                     "map": heat.overlay(pictures[branch["x"]]),
-                    "highest share": float(heat.values.max()) / attention.facts["steps"],
+                    "highest share": float(heat.values.max()) / attention.steps,
                     "share outside A": outside,
                 }
             )

@@ -70,7 +70,7 @@ def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Im
             edited = {prompt["words"][k][0] for k in prompt["edited"]}
             for k, (word, heat) in enumerate(of.items()):
                 title = f"⟨{word}⟩" if word in SPECIALS else word
-                title += f"\n{100 * float(heat.values.max()) / attention.facts['steps']:.2g} %"
+                title += f"\n{100 * float(heat.values.max()) / attention.steps:.2g} %"
                 place = top * lines + k // columns, 1 + k % columns
                 sheet.put(*place, heat.overlay(pictures[x]), title, color=RED if word in edited else INK)
         axes = sheet.figure.add_axes((0.1, 0.52 / sheet.height, 0.8, 0.08 / sheet.height))

@@ -26,6 +26,7 @@ EXAMPLES = {
     "a picture of yours, inside a box": 'masafusion edit image=cat.png source="a cat" target="a dog" box=20,40,90,120 '
     "canny=auto",
     "an experiment on file, and what differs from it": "masafusion edit --config configs/sd14_null_text.yaml seed=1",
+    "the same, with the attention to explore": "masafusion attend",
     "what would be run": "masafusion edit steps=20 method.preserve_steps=[0,10] --print-config",
     "the 55 windows of fusion of Figure 12": "masafusion sweep axes.method.fusion_steps='windows(0,50,5)'",
 }

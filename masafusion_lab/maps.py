@@ -168,6 +168,11 @@ class Attention:
     facts: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
+    @property
+    def steps(self) -> int:
+        """The number of steps that word maps are summed over."""
+        return sum(stop - first for first, stop in self.facts["bins"])
+
     def words(
         self,
         branch: str = "target",

@@ -176,9 +176,8 @@ class At:
         layers = frozenset(d for d in range(self.common.layers) if d in rule.layers)
         if not layers or not rule.read:
             return None
-        read: dict[str, Any] = {
-            part: None if (b := getattr(rule, part)) is None else self.branch(b, path) for part in "qkv"
-        }
+        named = {part: getattr(rule, part) for part in "qkv"}
+        read: Any = {part: b if b is None else self.branch(b, path) for part, b in named.items()}
         return replace(rule, steps=Span(), layers=layers, halves=halves, **read)
 
 

@@ -150,14 +150,16 @@ class FlowTap:
             prompt = sight.step.branches[row[0]].prompt
             if cross and prompt not in self.edited:
                 continue
-            if (id(p), prompt) not in done:
+            if (known := (id(p), prompt)) not in done:
+                if not cross:  # where keys of two branches stand side by side, those of a place are one
+                    p = p.unflatten(-1, (-1, inside.shape[-1])).sum(-2) if p.shape[-1] > inside.shape[-1] else p
                 mass = (p @ (self.edited[prompt] if cross else inside).to(p)[:, None, :, None])[..., 0]  # of a query
                 here = inside[:, None, sight.first : sight.first + p.shape[2]]  # (B, 1, queries)
                 m, n = (mass, mass) if cross else (1 - mass, mass)
                 sums = torch.stack([(here * m).sum(-1), ((1 - here) * n).sum(-1)], -1)  # (B, heads, 2)
                 all_of = torch.stack([inside.sum(-1), (1 - inside).sum(-1)], -1)[:, None]
-                done[id(p), prompt] = sums if cross else sums / all_of
-            _tally(self, "spill" if cross else "flow", row, sight, self.steps, done[id(p), prompt])
+                done[known] = sums if cross else sums / all_of
+            _tally(self, "spill" if cross else "flow", row, sight, self.steps, done[known])
 
 
 @dataclass

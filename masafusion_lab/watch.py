@@ -75,7 +75,8 @@ class Watch:
                 "allowed: take fewer bins, heads or layers, batch=1, or allow more"
             )
         mask = torch.stack([torch.ones(1, h, w) if item.mask is None else item.mask for item in batch]).to(model.device)
-        pairs = [(inside, latents["target"][0]) for x, (inside, _) in latents.items() if x != "target" in latents]
+        target, _ = latents.get("target", ("", ""))
+        pairs = [(inside, target) for x, (inside, _) in latents.items() if target and x != "target"]
         taps: list[AnyTap] = [word, pixel, DistanceTap(mask, steps, pairs, looks)]
         if batch[0].mask is not None:
             edited = {name: torch.stack([_at(of[name], model.length) for of in prompts]) for name in prompts[0]}
@@ -150,25 +151,30 @@ def denoisers(plan: Plan) -> dict[str, tuple[str, str]]:
 
 def prompts_of(model: StableDiffusion, item: Item) -> dict[str, Prompt]:
     """The prompts of a case as its text encoder reads them."""
-    texts = {"source": item.source, "target": item.target, "empty": ""}
+    texts = {
+        "source": item.source,
+        "target": item.target,
+        "instruction": vars(item).get("instruction", ""),
+        "empty": "",
+    }
     found = {name: words.split(model.tokenizer, text, model.length - 2) for name, text in texts.items()}
     said = {name: [word.lower() for word, _ in its] for name, its in found.items()}
-    other = {"source": "target", "target": "source", "empty": "empty"}
+    other = {"source": "target", "target": "source"}
     return {
         name: {
             "text": texts[name],
             "words": its,
             "tokens": sum(len(places) for _, places in its) + 2,
-            "edited": words.changed(said[other[name]], said[name]),
+            "edited": words.changed(said[other[name]], said[name]) if name in other else [],
         }
         for name, its in found.items()
     }
 
 
 def _prompt(branch: Branch, half: str) -> str:
-    """The name of the prompt that a half of a branch reads; the optimised null embeddings are the empty prompt's."""
+    """The prompt that a half of a branch reads, of those whose words are known; others count as the empty one."""
     name = branch.prompt if half == "text" else branch.null
-    return "empty" if name == "tuned" else name
+    return name if name in ("source", "target", "instruction") else "empty"
 
 
 def _at(prompt: Prompt, length: int) -> Tensor:

@@ -137,6 +137,12 @@ def test_attention_that_all_leaves_and_all_enters_crosses_wholly():
     torch.testing.assert_close(sums["flow/a/text/0"], torch.ones(1, 1, 1, 2))
 
 
+def test_keys_of_two_branches_side_by_side_count_by_their_place():
+    mask, p = region([1, 0]), torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])[None, None]
+    sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2))
+    torch.testing.assert_close(sums["flow/a/text/0"], torch.tensor([0.3, 0.4]).expand(1, 1, 1, 2))
+
+
 def test_the_mass_of_edited_words_is_told_apart_by_the_border():
     mask, p = region([1, 0]), torch.tensor([[0.2, 0.8, 0], [0.9, 0.1, 0]])[None, None]
     sums = shown(FlowTap(mask, 1, {"target": torch.tensor([[0.0, 1, 0]])}), {"a": p}, (1, 2), cross=True)
