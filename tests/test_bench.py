@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import json
 import os
 import random
 import re
@@ -328,9 +329,12 @@ def test_the_command_runs_reports_and_scores_anew(command, yaml, whole, tmp_path
     words = ["bench", "--config", yaml, "out=b", "bench.sessions=0"]
     assert "not begun: plain, ours (DI)" in command(*words, "--status")[1]
     assert not (tmp_path / "b").exists()
-    code, out, _ = command(*words)
+    code, out, err = command(*words, "tracking.mode=offline")
     assert code == 0
     assert "single-turn" in out
+    assert "given up" not in err
+    (table,) = (tmp_path / "b" / "wandb").rglob("*.table.json")
+    assert json.loads(table.read_text())["columns"] == list(tables.FIELDS)
     for name in ("results.parquet", "table.md", "table.csv", "report.html", "config.yaml"):
         assert (tmp_path / "b" / name).is_file() or name == "results.parquet"
     status = command(*words, "--status")[1]
