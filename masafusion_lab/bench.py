@@ -11,7 +11,7 @@ import logging
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,8 @@ from masafusion_lab import InputError, config, interrupt, phases, protocol
 from masafusion_lab.data import pictures, sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
-from masafusion_lab.lab import Lab, build, settings
+from masafusion_lab.lab import Lab, build, changes
+from masafusion_lab.loading import choose_device
 from masafusion_lab.protocol import QUICK, Protocol
 from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
 from masafusion_lab.scoring import Scorer
@@ -126,11 +127,12 @@ def edit(bench: Benchmark, *, track: Track = silent) -> None:
     labs = _labs(bench)
     with _unwarned():
         for batch in track([batch for cells in rows.values() for batch in _batches(cells, bench)], "editing"):
-            lab = labs(batch[0].row, bench.rows[batch[0].row])
-            ready = []
+            row = bench.rows[batch[0].row]
+            lab, ready = labs(batch[0].row, row), []
             for cell in batch:
                 if isinstance(lab, str):
-                    _fail(bench.at(cell), lab, bench.folder)
+                    if error_of(bench.at(cell), row) is not None:
+                        _fail(bench.at(cell), lab, bench.folder)
                 elif (case := _started(bench, cell)) is not None:
                     ready.append((cell, case))
             if isinstance(lab, Lab) and ready:
@@ -153,9 +155,17 @@ def _batches(cells: Sequence[Cell], bench: Benchmark) -> Iterator[list[Cell]]:
     left: dict[Path, Cell] = {}
     for cell in cells:
         left.setdefault(bench.at(cell), cell)
+    size = _together(bench.rows[cells[0].row])
     for _, kin in groupby(left.values(), key=lambda cell: (cell.setting, cell.setting == "multi" and cell.case.turn)):
-        its, size = list(kin), bench.rows[cells[0].row].batch
+        its = list(kin)
         yield from (its[k : k + size] for k in range(0, len(its), size))
+
+
+def _together(row: config.Experiment) -> int:
+    """How many cases are edited at once: on the CPU one, where more gain nothing, and rounding grows over turns."""
+    with suppress(InputError):  # for a device that is not here; said when the row begins
+        return 1 if choose_device(row.model.device).type == "cpu" else row.batch
+    return 1
 
 
 def _labs(bench: Benchmark) -> Callable[[str, config.Experiment], Lab | str]:
@@ -183,11 +193,12 @@ def _started(bench: Benchmark, cell: Cell) -> Case | None:
     if cell.before is None:
         return cell.case
     before = bench.place(cell.row, cell.setting, cell.before)
-    picture = next((p for name in RESULTS if (p := before / name).is_file()), None)
-    if picture is None or not (before / "result.json").is_file():
+    files = read_json(before / "result.json").get("files", ())
+    picture = next((name for name in RESULTS if name in files), None)
+    if picture is None:
         _fail(bench.at(cell), f"turn {cell.before.turn} of its session has given no picture", bench.folder)
         return None
-    return replace(cell.case, image=picture)
+    return replace(cell.case, image=before / picture)
 
 
 def _edit(lab: Lab, bench: Benchmark, ready: Sequence[tuple[Cell, Case]]) -> None:
@@ -231,14 +242,10 @@ def error_of(place: Path, row: config.Experiment) -> str | None:
     result = read_json(place / "result.json")
     if not result:
         return "not edited yet"
-    now = {"method": settings(config.method(row)), "inversion": _settings(row), "steps": row.steps, "seed": row.seed}
-    then = {key: result.get(key) for key in now}
-    return None if json.loads(json.dumps(now)) == then else "edited under other settings; run the benchmark again"
-
-
-def _settings(row: config.Experiment) -> dict[str, Any]:
     inversion = config.inversion(row)
-    return settings(getattr(inversion, "resolved", inversion))
+    now = changes(row, getattr(inversion, "resolved", inversion), config.method(row)) | {"batch": None}
+    same = json.loads(json.dumps(now)) == result["changed"] | {"batch": None}
+    return None if same else "edited under other settings; run the benchmark again"
 
 
 def score(bench: Benchmark, scorer: Scorer, *, again: bool = False, track: Track = silent) -> list[dict[str, Any]]:
@@ -264,32 +271,3 @@ def score(bench: Benchmark, scorer: Scorer, *, again: bool = False, track: Track
             }
         )
     return records
-
-
-@dataclass
-class Progress:
-    """How far a row is under a setting: cases done, failed and left; seconds and UNet rows of those done."""
-
-    done: int = 0
-    failed: int = 0
-    left: int = 0
-    seconds: float = 0.0
-    rows: int = 0
-
-
-def progress(bench: Benchmark) -> dict[str, Progress]:
-    """How far each row is; a first turn counts once."""
-    found = {}
-    for name, row in bench.rows.items():
-        its = found[name] = Progress()
-        for place in dict.fromkeys(bench.at(cell) for cell in bench.cells(name)):
-            result, why = read_json(place / "result.json"), error_of(place, row)
-            if why is None:
-                its.done += 1
-                its.seconds += sum(result["seconds"].values())
-                its.rows += result["rows"]
-            elif (place / "error.json").is_file():
-                its.failed += 1
-            else:
-                its.left += 1
-    return found

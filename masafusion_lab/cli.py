@@ -161,7 +161,10 @@ def bench(
     status: Annotated[bool, typer.Option("--status", help="Only say how far it is.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Ten cases, in a folder of their own.")] = False,
 ) -> None:
-    """Run a benchmark (--config configs/table1_picturebook.yaml), or go on with it: every row over every case."""
+    """Run a benchmark (--config configs/table1_picturebook.yaml), or go on with it: every row over every case.
+
+    Exit status 1 if an edit failed; the others are done.
+    """
     from masafusion_lab import bench as benches
     from masafusion_lab import publish
 
@@ -171,7 +174,9 @@ def bench(
         return
     with recorded(experiment):
         benches.edit(benchmark, track=bar)
-        publish.print_scores(experiment, benchmark)
+        failed = publish.print_scores(experiment, benchmark)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

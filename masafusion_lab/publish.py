@@ -6,7 +6,9 @@ import logging
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from masafusion_lab import benchpage, config, tables
-from masafusion_lab.bench import Benchmark, progress, score
+from masafusion_lab.bench import Benchmark, error_of, score
 from masafusion_lab.loading import choose_device
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import case_folder, replacing, write_text
+from masafusion_lab.runs import case_folder, read_json, replacing, write_text
 from masafusion_lab.scoring import Scorer
 from masafusion_lab.tables import Record
 from masafusion_lab.tracking import log_table, recording
@@ -26,8 +28,37 @@ from masafusion_lab.tracking import log_table, recording
 log = logging.getLogger(__name__)
 
 
-def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool = False) -> None:
-    """Score a benchmark (`again`: what is scored too), publish it, and print its tables."""
+@dataclass
+class Progress:
+    """How far a row is: cases done, failed and left; seconds and UNet rows of those done."""
+
+    done: int = 0
+    failed: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+
+
+def progress(bench: Benchmark) -> dict[str, Progress]:
+    """How far each row is; a first turn counts once."""
+    found = {}
+    for name, row in bench.rows.items():
+        its = found[name] = Progress()
+        for place in dict.fromkeys(bench.at(cell) for cell in bench.cells(name)):
+            result, why = read_json(place / "result.json"), error_of(place, row)
+            if why is None:
+                its.done += 1
+                its.seconds += sum(result["seconds"].values())
+                its.rows += result["rows"]
+            elif (place / "error.json").is_file():
+                its.failed += 1
+            else:
+                its.left += 1
+    return found
+
+
+def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool = False) -> int:
+    """Score a benchmark (`again`: what is scored too), publish it, and print its tables; how many edits failed."""
     scorer = Scorer.of(bench.protocol, experiment.bench.encoders, choose_device(experiment.model.device))
     records = score(bench, scorer, again=again, track=bar)
     with recording(experiment, bench.folder) as loggers:
@@ -36,6 +67,10 @@ def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool
     for table in found:
         out.print(tables.as_rich(table))
     out.print(tables.NOTE, Text(str(bench.folder / "report.html")), sep="\n", soft_wrap=True)
+    failed = [record for record in records if record["error"]]
+    for why, n in Counter(record["error"] for record in failed).most_common(5):
+        log.warning("%d edits are missing: %s", n, why)
+    return len(failed)
 
 
 def print_progress(bench: Benchmark) -> None:
