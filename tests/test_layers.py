@@ -15,7 +15,7 @@ LAYERS = [
     "methods",
     "data hints pidinet editor callbacks report tracking",
     "config configfile keys request manual lab phases cli progress doctor sync "
-    "survey runner sweep forecast landscape plots surveypage launch",
+    "survey runner sweep forecast landscape plots surveypage search launch",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub"}
