@@ -17,10 +17,12 @@ from masafusion_lab import InputError
 class Sweep:
     """How the points of a sweep are chosen and run."""
 
-    kind: Literal["grid", "list", "random"] = "grid"
-    """Points: every combination of the axes' values, the first values, the second ..., or combinations at random."""
+    kind: Literal["grid", "list", "random", "search"] = "grid"
+    """Points: every combination of values; the first values, the second ...; at random; or where Optuna looks next."""
     points: int = 20
-    """Of a random sweep how many."""
+    """Of a random sweep and of a search how many."""
+    study: str = ""
+    """Journal of a search, which several runs may share; empty: in the run's folder."""
     most: int = 10000
     """Points that are not refused."""
     rows: str = "auto"
@@ -47,8 +49,8 @@ class Launch:
     """Of a SLURM job, after which it is queued again and goes on."""
 
 
-RUNNING = ("rows", "retry", "most", "objective")
-"""Keys that change how fast a sweep runs and what is said of it, never a point's result."""
+RUNNING = ("rows", "retry", "most")
+"""Keys that change how fast a sweep runs, never what it finds."""
 
 VARIED = ("seed", "dilate", "steps", "size")
 """Keys that may be varied beside those of method and inversion."""
@@ -92,23 +94,23 @@ def read(written: Mapping[str, str]) -> list[Axis]:
 
 
 def points(axes: Sequence[Axis], how: Sweep, seed: int = 0) -> list[dict[str, str]]:
-    """The value of every axis at each point, in order and each once.
+    """The value of every axis at each point, in order and each once; of a search what may be asked for.
 
     Raises InputError for more points than are allowed, and for axes that span none.
     """
     lengths = [len(axis.values) for axis in axes]
-    if how.kind != "random" and not all(lengths):
+    if how.kind in ("grid", "list") and not all(lengths):
         axis = axes[lengths.index(0)]
-        raise InputError(f"axes.{axis.key}: has no values to go through, but a range; take sweep.kind=random")
+        raise InputError(f"axes.{axis.key}: has no values to go through, but a range; take sweep.kind=random or search")
     if how.kind == "list" and len(set(lengths)) > 1:
         said = ", ".join(f"{axis.key} {n}" for axis, n in zip(axes, lengths, strict=True))
         raise InputError(f"sweep.kind=list: the axes are of different lengths ({said})")
-    count = {"grid": math.prod(lengths), "list": lengths[0], "random": how.points}[how.kind]
+    count = {"grid": math.prod(lengths), "list": lengths[0]}.get(how.kind, how.points)
     if count > how.most:
         raise InputError(f"{count} points are more than {how.most}: say sweep.most={count} if that is meant")
     if count < 1:
         raise InputError(f"sweep.points={how.points}: must be at least 1")
-    if how.kind == "random":
+    if how.kind in ("random", "search"):
         source = random.Random(seed)
         drawn = [{axis.key: axis.draw(source) for axis in axes} for _ in range(count)]
         return [dict(point) for point in dict.fromkeys(tuple(point.items()) for point in drawn)]

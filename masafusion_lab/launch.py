@@ -155,7 +155,7 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
                     del left[n]
                     continue
                 left[n] -= 1
-                running[n] = _started(them[n], n, folder)
+                running[n] = start(them[n], n, folder)
             interrupt.check()
             time.sleep(0.05)
     finally:
@@ -165,7 +165,7 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
             process.wait()
 
 
-def _started(worker: Worker, n: int, folder: Path) -> subprocess.Popen[str]:
+def start(worker: Worker, n: int, folder: Path) -> subprocess.Popen[str]:
     """A worker's process, whose words go to a file of its own."""
     threads = {name: str(worker.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     with open(Path(folder) / f"worker-{n}.log", "a", encoding="utf-8") as file:

@@ -79,7 +79,12 @@ def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> 
     if how.rows != "auto" and not (how.rows.isascii() and how.rows.isdecimal() and int(how.rows)):
         raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
     objective(how.objective, [])
-    spanned = axes.points(axes.read(experiment.axes), experiment.sweep, experiment.seed)
+    spanned = axes.points(axes.read(experiment.axes), how, experiment.seed)
+    return Survey(folder, points(experiment, spanned), cases)
+
+
+def points(experiment: config.Experiment, spanned: Sequence[Mapping[str, str]]) -> list[Point]:
+    """The points of an experiment where its axes have these values. Raises InputError naming those that cannot be."""
     base = replace(experiment, axes={}, sweep=axes.Sweep())
     found, problems = [], dict[str, None]()
     for values in spanned:
@@ -90,7 +95,7 @@ def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> 
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise InputError("\n  ".join([*list(problems)[:8], *more]))
-    return Survey(folder, found, cases)
+    return found
 
 
 def forgive(survey: Survey) -> None:

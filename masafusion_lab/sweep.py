@@ -14,6 +14,7 @@ from masafusion_lab.lab import Lab, build
 from masafusion_lab.launch import launch
 from masafusion_lab.runner import Runner
 from masafusion_lab.runs import write_text
+from masafusion_lab.search import search
 from masafusion_lab.surveypage import Findings, publish
 
 
@@ -39,7 +40,9 @@ def sweep(
     runner = Runner(surveyed, lab or build(experiment, track=track), track=track)
     found = forecast(surveyed, runner, experiment.sweep.rows)
     told(found)
-    if experiment.launch.by == "here":
+    if experiment.sweep.kind == "search":
+        surveyed = search(experiment, surveyed, runner)
+    elif experiment.launch.by == "here":
         for case, points in surveyed.items():
             runner.run(case, points)
     else:

@@ -1,6 +1,10 @@
 """Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
 
+import random
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,7 +13,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from masafusion_lab import InputError, config, phases, runner, survey, surveypage
+from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage
 from masafusion_lab.forecast import Forecast
 from masafusion_lab.runs import read_json
 from masafusion_lab.sweep import sweep
@@ -239,3 +243,72 @@ def test_what_is_planned_is_said_in_a_line():
         "55 points on 2 cases; UNet rows a case: 19,140 one by one, 3,138 shared (6.1 times fewer), 32 at once; "
         "about 1 h 6 min"
     )
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path, tiny_root):
+    """A sweep on the command line: its exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, picture in {
+        "cat": drawn(),
+        "mask": drawn("L", fill=255),
+        "sketch": drawn("L", 4, outline=255),
+    }.items():
+        picture.save(tmp_path / f"{name}.png")
+    usual = ["image=cat.png", "mask=mask.png", "sketch=sketch.png", "source=a cat", "target=a dog", "size=48x32"]
+    usual += [f"model.path={tiny_root}", "model.device=cpu", "steps=2", "tracking.mode=off", "sweep.rows=4", "out=out"]
+
+    def command(*words, name="sweep"):
+        monkeypatch.setattr(sys, "argv", ["masafusion", name, *usual, *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_says_what_is_planned_and_what_to_take(command, tmp_path):
+    code, out, _ = command("axes.method.fusion_steps=windows(0,2,1)")
+    planned, recommended, page = out.splitlines()
+    assert code == 0
+    assert planned.startswith("3 points on 1 case; UNet rows a case: 44 one by one, 26 shared (1.7 times fewer), 4 at")
+    assert recommended.startswith("recommended: method.fusion_steps=[")
+    assert page == "out/report.html"
+    assert command("axes.method.fusion_steps=windows(0,2,1)")[1] == out
+    code, _, err = command("axes.seed=1,2")
+    assert code == 2
+    assert "begun under another configuration" in err
+    code, out, _ = command("--config", "out/config.yaml", "method.fusion_steps=[0,1]", "out=again", name="edit")
+    assert code == 0
+    assert (tmp_path / "again/target.png").is_file()
+
+
+def test_the_command_exits_with_1_if_a_point_failed_and_with_2_if_nothing_can_run(command, tmp_path):
+    code, out, err = command("axes.method.guidance=3,1e38")
+    assert code == 1
+    assert "recommended: method.guidance=3" in out
+    assert "1 of 2 points failed" in err
+    code, _, err = command("axes.method.hint_scale=1,2", "method.hint_until=0", "out=dead")
+    assert code == 2
+    assert "hint_scale: changes nothing" in err
+    assert not (tmp_path / "dead").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_moments_it_ends_in_the_same_bytes(command, tmp_path):
+    words = ["axes.method.fusion_steps=windows(0,12,1)", "steps=12"]
+    command(*words, "out=whole")
+    usual = [word for word in sys.argv[1:] if word != "out=whole"]
+    (tmp_path / "out").mkdir()
+    moments = random.Random(0)
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-m", "masafusion_lab.cli", *usual, "out=out"], text=True)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(moments.uniform(3, 20))
+        process.kill()
+        process.wait()
+    assert command(*words, "out=out")[0] == 0
+    assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
+    assert (tmp_path / "out/results.parquet").read_bytes() == (tmp_path / "whole/results.parquet").read_bytes()
