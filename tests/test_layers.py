@@ -14,7 +14,7 @@ LAYERS = [
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking maps watch figures explorer annotate",
-    "config configfile keys request manual lab phases cli upkeep progress doctor sync app web "
+    "config configfile keys request manual lab phases cli upkeep recorded progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage search launch bench scoring tables benchpage publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

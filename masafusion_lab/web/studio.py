@@ -130,7 +130,7 @@ class Studio:
     def _edit(self, job: Job, experiment: Any, root: Path) -> Path:
         from masafusion_lab import phases, tracking
         from masafusion_lab.callbacks import Told
-        from masafusion_lab.cli import recorded
+        from masafusion_lab.recorded import recorded
 
         lab = phases.build(experiment, track=job.track, model=self.model)
         with recorded(experiment, root) as folder, tracking.recording(experiment, folder) as loggers:

@@ -1,0 +1,59 @@
+"""A run's folder while a command writes into it: its log, and what is left of it when something goes wrong."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+from masafusion_lab import InputError, config, interrupt
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterator[Path]:
+    """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
+
+    It is `out`, or a new one below `root`. Nothing is left of a new folder in which, because of something that cannot
+    be used, nothing was made.
+    """
+    from masafusion_lab.runs import Run
+
+    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = Path(experiment.out) if experiment.out else root / now
+    new, entered = not folder.exists(), False
+    package = logging.getLogger("masafusion_lab")
+    try:
+        with Run(folder, config.to_yaml(experiment), experiment.force):
+            entered = True
+            file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+            file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            package.addHandler(file)
+            try:
+                yield folder
+            except KeyboardInterrupt:
+                raise interrupt.Interrupted(signal.SIGINT) from None
+            except interrupt.Interrupted:
+                log.info("the same command with out=%s goes on from here", folder)
+                raise
+            except InputError:
+                raise
+            except Exception as error:
+                told = {"msg": "".join(traceback.format_exception(error)), "levelname": "ERROR", "name": __name__}
+                file.emit(logging.makeLogRecord(told))
+                error.log = folder / "run.log"  # type: ignore[attr-defined]
+                raise
+            finally:
+                package.removeHandler(file)
+                file.close()
+    except InputError:
+        if new and entered and not any(folder.rglob("result.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
