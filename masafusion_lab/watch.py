@@ -11,7 +11,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError, fusion, words
 from masafusion_lab.editor import Editor, Item
-from masafusion_lab.fusion import Branch, Masked, Plan, Span
+from masafusion_lab.fusion import Branch, Plan, Span, Weighted
 from masafusion_lab.maps import Attention
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.taps import DistanceTap, FlowTap, PixelTap, Scope, WordTap, bins
@@ -145,7 +145,9 @@ def denoisers(plan: Plan) -> dict[str, tuple[str, str]]:
         first = next(b for b, branch in plan.branches.items() if branch.x == name)
         rule = plan.noise.get(name, first)
         its = fusion.denoisers(rule)
-        found[name] = its[0], its[isinstance(rule, Masked)]
+        if isinstance(rule, Weighted):  # the first that reads words
+            its = tuple(b for b in its if plan.branches[b].prompt != "empty")[:1] or its[:1]
+        found[name] = its[0], its[-1]
     return found
 
 

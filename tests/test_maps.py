@@ -122,11 +122,11 @@ def test_a_range_that_is_none_is_refused(text):
 
 
 @pytest.mark.parametrize("name", [*METHODS, "generation"])
-def test_the_attention_of_every_method_is_seen(tiny_root, tmp_path, name):
-    lab = make_lab(tiny_root, tmp_path, *([] if name == "generation" else [f"method.name={name}"]))
+def test_the_attention_of_every_method_is_seen(tiny_networks, tmp_path, name):
+    lab = make_lab(tiny_networks, tmp_path, *([] if name == "generation" else [f"method.name={name}"]))
     if name == "generation":
         lab.method = Generation()
-    changes = {"mask": None, "hints": {}, "target": ""} if name == "replay" else {}
+    changes = {"mask": None, "hints": {}, "target": ""} if name == "replay" else {"instruction": "make it grass"}
     (edited,), (attention,) = watched(lab, case(**changes))
     latent = "source" if name == "replay" else "target"
     assert attention.words(latent).word("grass").values.shape == (8, 12)
