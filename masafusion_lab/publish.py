@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -114,8 +116,7 @@ def publish(
         "cases": len(cases),
         "rows": {name: {"method": row.method, "inversion": row.inversion} for name, row in bench.rows.items()},
     }
-    cost = {name: its.seconds / its.done for name, its in progress(bench).items() if its.done}
-    benchpage.write_page(bench.folder, found, records, lines, facts, bench.protocol, cost)
+    benchpage.write_page(bench.folder, found, records, lines, facts, bench.protocol, cost(bench))
     for logger in loggers:
         log_table(
             logger, "bench/table", [dict(zip(tables.FIELDS, line, strict=True)) for line in tables.plain(found)], step=0
@@ -124,6 +125,22 @@ def publish(
             ranks = zip(table.names, table.stand.average.tolist(), strict=True)
             logger.log_metrics({f"bench/{table.title}/rank/{name}": rank for name, rank in ranks if rank == rank})
     return found
+
+
+def cost(bench: Benchmark) -> dict[str, float]:
+    """By row the mean seconds of an edit, and of an inversion like its own, which another row may have stored."""
+    edits: dict[str, list[float]] = {}
+    inversions: dict[str, list[float]] = {}
+    like: dict[str, str] = {}
+    for name, row in bench.rows.items():
+        for place in dict.fromkeys(bench.at(cell) for cell in bench.cells(name)):
+            if error_of(place, row) is None:
+                result = read_json(place / "result.json")
+                like[name] = json.dumps(result["inversion"], sort_keys=True)
+                edits.setdefault(name, []).append(sum(s for phase, s in result["seconds"].items() if phase != "invert"))
+                if not result["from_store"]:
+                    inversions.setdefault(like[name], []).append(result["seconds"]["invert"])
+    return {name: fmean(its) + fmean(inversions.get(like[name], [0.0])) for name, its in edits.items()}
 
 
 def as_magicbrush(bench: Benchmark) -> None:

@@ -298,6 +298,19 @@ def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothi
     assert len(apart) == 1 + TURNS
 
 
+def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(run):
+    made, _ = run(
+        "a", "bench.rows.too=method.name=masafusion method.guidance=3 inversion.name=direct", "bench.sessions=0"
+    )
+    found = publish.cost(made)
+    result = json.loads((made.place("ours (DI)", "single", made.cases[0]) / "result.json").read_text())
+    other = json.loads((made.place("too", "single", made.cases[0]) / "result.json").read_text())
+    assert (result["from_store"], other["from_store"]) == (False, True)
+    edit = sum(spent for phase, spent in other["seconds"].items() if phase != "invert")
+    assert found["too"] == pytest.approx(edit + result["seconds"]["invert"])
+    assert found["ours (DI)"] == pytest.approx(sum(result["seconds"].values()))
+
+
 def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_path):
     text = yaml.read_text().replace("ours (DI)", "'=x<script>alert(1)</script>|/'")
     (tmp_path / "hostile.yaml").write_text(text)
