@@ -126,11 +126,14 @@ def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], ste
 
 
 def log_table(logger: Any, key: str, columns: Sequence[str], lines: list[list[Any]]) -> None:
-    """Record a table, where a logger can."""
+    """Record a table, of which cells may be pictures, where a logger can."""
     if isinstance(logger, Guarded):
         logger.attempt(log_table, logger.logger, key, columns, lines)
     elif isinstance(logger, WandbLogger):
-        logger.log_table(key, columns=list(columns), data=lines)
+        import wandb
+
+        cells = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in line] for line in lines]
+        logger.log_table(key, columns=list(columns), data=cells)
 
 
 def mode_of_environment() -> str:

@@ -143,6 +143,17 @@ def test_cut_short_anywhere_it_goes_on_to_the_same_bytes(run, tmp_path, monkeypa
     assert not list((tmp_path / "cut").rglob("*.safetensors"))
 
 
+def test_more_points_than_before_run_alone(run, tmp_path):
+    words = ["axes.method.guidance=uniform(2,9)", "sweep.kind=random"]
+    run(*words, "sweep.points=3")
+    before, calls = pictures(tmp_path / "out"), Calls(run.lab.model)
+    _, planned = run(*words, "sweep.points=4")
+    calls.hook.remove()
+    assert planned.points == 4
+    assert pictures(tmp_path / "out").items() > before.items()
+    assert calls.count <= 3 + 2 + 2 * 3  # the new point's steps, the speed, and the proof of the axis
+
+
 def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     found, _ = run("axes.method.guidance=3,1e38,5")
     assert [record["point"] for record in found.failures] == ["method.guidance=1e38"]
@@ -188,7 +199,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path
 
     from masafusion_lab import forecast
 
-    monkeypatch.setattr(forecast, "speed", lambda runner, rows: (8, 0.1))
+    monkeypatch.setattr(forecast, "speed", lambda *_: (8, 0.1))
     monkeypatch.setattr(forecast, "alive", lambda *args: [])
     monkeypatch.setattr(run.lab.model, "eps", small)
     found, _ = run(WINDOWS, out="small")
