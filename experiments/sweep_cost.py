@@ -67,7 +67,8 @@ def cost(steps: int, grid: int, folder: Path, words: Sequence[str]) -> dict[str,
     found: dict[str, float] = {"points": len(runner_of(target)[2]), "rows_target": shared, "rows_target_alone": alone}
     found["rows_both"], found["rows_both_alone"] = rows(both, runner_of)
     runner, case, points = runner_of(target, "together")
-    most = speed(runner, None)[0] if target.sweep.rows == "auto" else int(target.sweep.rows)
+    (work,) = runner.ready(runner.works(case, points[:1]))
+    most = speed(runner, work)[0] if target.sweep.rows == "auto" else int(target.sweep.rows)
     pictures, seconds = [], []
     for out, parts in (("together", [points]), ("apart", [[point] for point in points])):
         runner, case, points = runner_of(target, out)

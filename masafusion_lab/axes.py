@@ -49,8 +49,8 @@ class Launch:
     """Of a SLURM job, after which it is queued again and goes on."""
 
 
-RUNNING = ("rows", "retry", "most")
-"""Keys that change how fast a sweep runs, never what it finds."""
+RUNNING = ("rows", "retry", "most", "points", "objective", "study")
+"""Keys that change how fast and how far a sweep runs and what is called best, never what a point gives."""
 
 VARIED = ("seed", "dilate", "steps", "size")
 """Keys that may be varied beside those of method and inversion."""

@@ -84,7 +84,7 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         shared += count(runner, together) if together else 0
         shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
     proofs = tuple(alive(survey, runner, case))
-    runner.rows, a_row = speed(runner, None if rows == "auto" else int(rows))
+    runner.rows, a_row = speed(runner, works[0], None if rows == "auto" else int(rows))
     seconds = shared * a_row * len(survey.cases)
     found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
     write_json(path, {**asdict(found), "made_of": made_of})
@@ -132,15 +132,15 @@ def _parting(a: Work, b: Work) -> tuple[int, float] | None:
     return None
 
 
-def speed(runner: Runner, rows: int | None) -> tuple[int, float]:
-    """Rows at once, and the seconds that each takes; if they are not given those at which a row is fastest.
+def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, float]:
+    """Rows at once of a point's size, and the seconds that each takes; if not given, those at which one is fastest.
 
     They are doubled until a row gets no faster, or a call would take more than half of the memory that is free.
     """
     best = (rows or 1, math.inf)
     for n in (rows,) if rows else (2**k for k in range(1, 9)):
         try:
-            taken, held = _timed(runner, n)
+            taken, held = _timed(runner, work, n)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or n <= 2:
                 raise
@@ -153,11 +153,11 @@ def speed(runner: Runner, rows: int | None) -> tuple[int, float]:
     return best
 
 
-def _timed(runner: Runner, n: int) -> tuple[float, float]:
+def _timed(runner: Runner, work: Work, n: int) -> tuple[float, float]:
     """Seconds that a UNet call of n rows takes, the better of two, and the GiB that it held."""
-    model, schedule = runner.lab.model, runner.lab.schedule
-    side = model.native // model.factor
-    x = torch.zeros(n, model.unet.config.in_channels, side, side, device=model.device)
+    assert work.call is not None
+    model, schedule = runner.lab.model, work.lab.schedule
+    x = work.call[-1].expand(n, -1, -1, -1)
     text, before, seconds = model.embed([""]).expand(n, -1, -1), peak_memory_gb() or 0.0, []
     for _ in range(2):
         clock = Clock(model.device)

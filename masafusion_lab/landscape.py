@@ -52,7 +52,8 @@ def measures(edited: Tensor, case: Case, lab: Lab) -> dict[str, float]:
         "changed": float((edited - source)[:, inside].abs().mean()),
     }
     if case.truth is not None:
-        truth = lab.prepare(replace(case, image=case.truth, mask=None, hints={})).pixels
+        there = replace(lab, size="x".join(map(str, source.shape[:0:-1])))
+        truth = there.prepare(replace(case, image=case.truth, mask=None, hints={})).pixels
         found["hit"] = min(IDENTICAL, psnr(edited[:, inside], truth[:, inside]))
         found["l1"] = float((edited - truth).abs().mean())
     return found

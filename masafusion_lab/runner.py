@@ -82,21 +82,23 @@ class Runner:
     def run(self, case: Case, points: Sequence[Point]) -> None:
         """Run the points of a chunk on a case, but those that are settled. One that fails stops no other.
 
-        The rows are shared as if nothing were there yet, so that what is cut short ends in the same bytes. Raises
-        InputError for what would fail every other point too, such as a full disk.
+        What was cut short goes on with the same points, and so ends in the same bytes. Raises InputError for what would
+        fail every other point too, such as a full disk.
         """
         works = self.works(case, points)
-        if all(work.is_settled for work in works):
+        left = [work for work in works if not work.is_settled]
+        if not left:
             return
+        if not self.progress(works).exists():
+            works = left
+        progress = self.progress(works)
         works = self.ready(works)
-        alone = [[work] for work in works if work.course is None]
         together = [work for work in works if work.course is not None]
-        for some in [together, *alone] if together else alone:
-            progress = self.progress(some)
+        for some in [*([together] if together else []), *([work] for work in works if work.course is None)]:
             for work, target in self.targets(some, progress):
                 if not work.is_settled:
                     self.write(work, target)
-            progress.unlink(missing_ok=True)
+        progress.unlink(missing_ok=True)
 
     def works(self, case: Case, points: Sequence[Point]) -> list[Work]:
         """The points on a case, checked; one that cannot be is on record as failed."""
@@ -188,6 +190,7 @@ class Runner:
     def fail(self, point: Point, folder: Path, key: str, error: Exception) -> None:
         """Put it on record that a point failed on a case, and why."""
         log.warning("%s: %s", point.name, error)
+        begin_case(folder)
         told = "".join(traceback.format_exception(error))
         write_json(folder / "error.json", {"key": key, "error": f"{type(error).__name__}: {error}", "traceback": told})
         self.lost.append((point.name, error))

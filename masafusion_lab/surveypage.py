@@ -145,16 +145,25 @@ def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:
 
 
 def tell(survey: Survey, findings: Findings, loggers: Sequence[Any]) -> None:
-    """Tell the loggers: a table with a line for every point, the plots, and the measures of the recommended point."""
-    columns = dict.fromkeys(name for record in findings.records for name in record if name != "picture")
+    """Tell the loggers: a table with a line and a picture for every point, the plots, and the best point's measures."""
+    if not loggers:
+        return
+    columns = dict.fromkeys(name for record in findings.records for name in record)
     lines = [{name: record.get(name) for name in columns} for record in findings.records]
-    pictures = {}
-    for path in sorted(survey.folder.glob("*.png")):
-        with Image.open(path) as picture:
-            pictures[path.stem] = picture.copy()
+    for line in lines:
+        place = line["picture"]
+        line["picture"] = opened(survey.folder / str(place)) if place and len(lines) <= LISTED else None
+    pictures = {path.stem: opened(path) for path in sorted(survey.folder.glob("*.png"))}
     for logger in loggers:
         log_table(logger, "sweep/points", lines, step=0)
-        log_pictures(logger, "sweep/plots", pictures, step=0, of=survey.folder.name)
+        for name, picture in pictures.items():
+            log_pictures(logger, f"sweep/{name}", {name: picture}, step=0, of=survey.folder.name)
         if best := findings.best:
             point = next(point for point in findings.points if point["point"] == best.point)
             logger.log_metrics({f"sweep/best/{name}": point[name] for name in known([point])}, step=0)
+
+
+def opened(path: Path) -> Image.Image:
+    """A picture, read and closed."""
+    with Image.open(path) as picture:
+        return picture.copy()

@@ -212,4 +212,6 @@ def test_every_shipped_configuration_loads():
         experiment = config.load([file])
         config.method(experiment)
         config.inversion(experiment)
-        assert file.read_text().startswith(("# masafusion edit", "# masafusion bench", "# masafusion sweep")), "the command comes first"
+        assert file.read_text().startswith(
+            tuple(f"# masafusion {command}" for command in ("edit", "bench", "sweep"))
+        ), "the command comes first"

@@ -1,5 +1,6 @@
 """Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage
+from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage, tracking
 from masafusion_lab.forecast import Forecast
 from masafusion_lab.runs import read_json
 from masafusion_lab.sweep import sweep
 from tests.edits import Calls, case, drawn
+from tests.test_tracking import on_record
 
 pytestmark = pytest.mark.usefixtures("unplotted")
 WINDOWS = "axes.method.fusion_steps=windows(0,3,1)"
@@ -143,6 +145,17 @@ def test_cut_short_anywhere_it_goes_on_to_the_same_bytes(run, tmp_path, monkeypa
     assert not list((tmp_path / "cut").rglob("*.safetensors"))
 
 
+def test_more_points_than_before_run_alone(run, tmp_path):
+    words = ["axes.method.guidance=uniform(2,9)", "sweep.kind=random"]
+    run(*words, "sweep.points=3")
+    before, calls = pictures(tmp_path / "out"), Calls(run.lab.model)
+    _, planned = run(*words, "sweep.points=4")
+    calls.hook.remove()
+    assert planned.points == 4
+    assert pictures(tmp_path / "out").items() > before.items()
+    assert calls.count <= 3 + 2 + 2 * 3  # the new point's steps, the speed, and the proof of the axis
+
+
 def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     found, _ = run("axes.method.guidance=3,1e38,5")
     assert [record["point"] for record in found.failures] == ["method.guidance=1e38"]
@@ -188,7 +201,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path
 
     from masafusion_lab import forecast
 
-    monkeypatch.setattr(forecast, "speed", lambda runner, rows: (8, 0.1))
+    monkeypatch.setattr(forecast, "speed", lambda *_: (8, 0.1))
     monkeypatch.setattr(forecast, "alive", lambda *args: [])
     monkeypatch.setattr(run.lab.model, "eps", small)
     found, _ = run(WINDOWS, out="small")
@@ -212,6 +225,18 @@ def test_what_cannot_be_swept_is_said_before_anything_runs(run, words, said, tmp
     with pytest.raises(InputError, match=said):
         run(*words)
     assert not pictures(tmp_path)
+
+
+def test_a_tracker_is_told_of_points_pictures_and_plots_as_plotted(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    experiment = config.load(words=["axes.seed=0,1", "tracking.mode=offline"])
+    with tracking.recording(experiment, tmp_path / "out") as loggers:
+        run("axes.seed=0,1", loggers=loggers)
+    told = json.dumps(on_record(tmp_path / "out"))
+    for name in ("sweep/points", "sweep/map-kept", "sweep/trade-off", "sweep/best/kept"):
+        assert name in told
+    (table,) = (tmp_path / "out").glob("wandb/offline-run-*/files/media/table/**/*.json")
+    assert {"case", "point", "seed", "kept", "picture"} <= set(json.loads(table.read_text())["columns"])
 
 
 class Page(HTMLParser):
