@@ -109,7 +109,7 @@ def page(studio: Studio) -> gr.Blocks:
     with Page(title="MaSaFusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as demo:
         token = gr.BrowserState("", storage_key="masafusion", secret="masafusion")  # which hides nothing; see Studio
         gr.HTML(views.part("head", experiment.model.path, studio.root, experiment.tracking.mode))
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Edit a picture"):
                 picture = gr.State("")
                 with gr.Row():
@@ -143,7 +143,14 @@ def page(studio: Studio) -> gr.Blocks:
         asked = [token, picture, edit.canvas, edit.kind, *edit.texts, *inputs]
         run.click(partial(handlers.run, studio, fields), asked, shown, show_progress="hidden", concurrency_limit=None,
                   api_name="run").then(None, js=TO_RESULT)  # fmt: skip
-        stop.click(partial(handlers.cancel, studio), token, status, queue=False, api_name="cancel")
+        stop.click(
+            partial(handlers.cancel, studio),
+            token,
+            None,
+            concurrency_limit=None,
+            show_progress="hidden",
+            api_name="cancel",
+        )
         chosen.input(partial(handlers.look, studio), [token, chosen], old, show_progress="hidden", api_name="look")
     return demo
 

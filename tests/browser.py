@@ -57,7 +57,7 @@ class Page:
         """Until the expression is true; its value."""
         end = time.monotonic() + seconds
         while not (value := self.js(expression)):
-            assert time.monotonic() < end, f"not within {seconds} s: {expression}"
+            assert time.monotonic() < end, f"not within {seconds} s: {expression}\n{self.js('document.body.innerText')}"
             time.sleep(0.1)
         return value
 

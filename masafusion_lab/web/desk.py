@@ -81,8 +81,7 @@ class Desk:
         job = self.of(owner)
         if job is not None:
             job.stop.set()
-            if job.future.cancel():
-                job.what = ""
+            job.future.cancel()
         return job is not None
 
     def close(self) -> None:

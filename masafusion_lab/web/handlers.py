@@ -7,6 +7,7 @@ import html
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def arrive(studio: Studio, token: str) -> tuple[Any, ...]:
     studio.load()
     token = token if isinstance(token, str) and token else new_token()
     experiment = studio.experiment if studio.experiment.image else request.read([], [])
-    case = request.cases_of(experiment)[0]
+    (case,) = request.cases_of(replace(experiment, cases=""))
     picture, drawings = opened(case)
     path = keep_picture(studio.person(token) / "pictures", case.id, picture)
     kind = next((name for name in drawings if name != "mask"), "sketch")
@@ -153,8 +154,11 @@ async def follow(studio: Studio, token: str, job: Job | None = None) -> AsyncIte
     if job is None:
         yield _status("", running=False)
         return
+    said = ""
     while not job.future.done():
-        yield _status(views.progress(studio.desk, job), running=True)
+        if (now := views.progress(studio.desk, job)) != said:
+            said = now
+            yield _status(said, running=True)
         await asyncio.sleep(POLL)
     error = Cancelled() if job.future.cancelled() else job.future.exception()
     if error is None:
@@ -177,11 +181,9 @@ def _status(said: str, *, running: bool) -> tuple[Any, ...]:
     return said, gr.update(interactive=not running), gr.update(interactive=running), *[gr.skip()] * 7
 
 
-def cancel(studio: Studio, token: str) -> str:
-    """Call off what this person has waiting or running."""
-    if studio.desk.cancel(studio.person(token).name):
-        return views.part("progress", "stopping at the end of this step", 0, 0, None)
-    return ""
+def cancel(studio: Studio, token: str) -> None:
+    """Call off what this person has waiting or running; whoever follows it says so."""
+    studio.desk.cancel(studio.person(token).name)
 
 
 def viewer(studio: Studio, past: Past) -> tuple[Any, ...]:

@@ -40,6 +40,8 @@ def drawing(picture: Image.Image | None, drawings: Mapping[str, Image.Image | No
 
 def progress(desk: Desk, job: Job) -> str:
     """How far a computation is, or how many are before it."""
+    if job.stop.is_set():
+        return part("progress", "stopping at the end of this step", 0, 0, None)
     before = desk.before(job)
     if not before:
         left = None if job.left is None else f"about {_duration(job.left)}"
