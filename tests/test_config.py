@@ -212,4 +212,4 @@ def test_every_shipped_configuration_loads():
         experiment = config.load([file])
         config.method(experiment)
         config.inversion(experiment)
-        assert file.read_text().startswith("# masafusion edit"), "the command comes first"
+        assert file.read_text().startswith(("# masafusion edit", "# masafusion sweep")), "the command comes first"
