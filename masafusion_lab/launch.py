@@ -180,11 +180,11 @@ def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> None:
     except ImportError:
         raise InputError("launch.by=ray: Ray is not installed; pip install 'masafusion-lab[ray]'") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"address": how.address} if how.address else {"_node_ip_address": "127.0.0.1"}
-    ray.init(include_dashboard=False, log_to_driver=False, **options) if not how.address else ray.init(**options)
+    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    ray.init(log_to_driver=False, **({"address": how.address} if how.address else own))
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=AGAIN)(Worker.__call__)
+        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=AGAIN)(work)
         for done in [task.remote(worker) for worker in them]:
             try:
                 ray.get(done)
@@ -194,6 +194,11 @@ def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> None:
         ray.shutdown()
 
 
+def work(worker: Worker) -> None:
+    """Be the worker: what Ray is given, which wants a function."""
+    worker()
+
+
 def by_submitit(them: Sequence[Worker], how: Launch, folder: Path) -> None:
     """Workers as an array of SLURM jobs, queued again when they are preempted; waits for them."""
     try:
@@ -201,9 +206,14 @@ def by_submitit(them: Sequence[Worker], how: Launch, folder: Path) -> None:
     except ImportError:
         raise InputError("launch.by=submitit: it is not installed; pip install 'masafusion-lab[submitit]'") from None
     executor = submitit.AutoExecutor(folder=str(Path(folder) / "slurm"))
-    partition = {"slurm_partition": how.partition} if how.partition else {}
-    executor.update_parameters(timeout_min=how.minutes, gpus_per_node=1, slurm_array_parallelism=len(them), **partition)
-    for job in executor.map_array(Worker.__call__, them):
+    executor.update_parameters(timeout_min=how.minutes, slurm_array_parallelism=len(them))
+    if how.partition:
+        executor.update_parameters(slurm_partition=how.partition)
+    if them[0].device != "cpu":
+        executor.update_parameters(gpus_per_node=1)
+    with executor.batch():
+        jobs = [executor.submit(worker) for worker in them]
+    for job in jobs:
         try:
             job.result()
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:

@@ -212,6 +212,5 @@ def test_every_shipped_configuration_loads():
         experiment = config.load([file])
         config.method(experiment)
         config.inversion(experiment)
-        assert file.read_text().startswith(
-            tuple(f"# masafusion {command}" for command in ("edit", "bench", "sweep"))
-        ), "the command comes first"
+        commands = tuple(f"# masafusion {command}" for command in ("edit", "bench", "sweep"))
+        assert file.read_text().startswith(commands), "the command comes first"

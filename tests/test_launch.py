@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -51,6 +52,7 @@ def test_workers_share_devices_and_cores(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_workers_of_which_one_is_killed_end_in_the_bytes_of_one_process(experiment, tmp_path):
     one = experiment()
     sweep(one, request.cases_of(one), tmp_path / "one")
@@ -123,6 +125,6 @@ def test_ray_runs_the_workers(experiment, tmp_path):
 @pytest.mark.slow
 def test_submitit_runs_the_workers(experiment, tmp_path, monkeypatch):
     submitit = pytest.importorskip("submitit")
-    monkeypatch.setattr(submitit, "AutoExecutor", lambda folder: submitit.LocalExecutor(folder))
+    monkeypatch.setattr(submitit, "AutoExecutor", partial(submitit.AutoExecutor, cluster="local"))
     asked = experiment("launch.by=submitit", "launch.workers=2")
     assert not sweep(asked, request.cases_of(asked), tmp_path / "out").failures
