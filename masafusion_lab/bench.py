@@ -21,7 +21,7 @@ from masafusion_lab import InputError, config, interrupt, phases, protocol
 from masafusion_lab.data import pictures, sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
-from masafusion_lab.lab import Lab, build, changes
+from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
 from masafusion_lab.protocol import QUICK, Protocol
 from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
@@ -242,8 +242,7 @@ def error_of(place: Path, row: config.Experiment) -> str | None:
     result = read_json(place / "result.json")
     if not result:
         return "not edited yet"
-    inversion = config.inversion(row)
-    now = changes(row, getattr(inversion, "resolved", inversion), config.method(row)) | {"batch": None}
+    now = changes(row, *chosen(row)) | {"batch": None}
     same = json.loads(json.dumps(now)) == result["changed"] | {"batch": None}
     return None if same else "edited under other settings; run the benchmark again"
 

@@ -59,14 +59,18 @@ class Lab:
         )
 
 
+def chosen(experiment: config.Experiment) -> tuple[Any, Any]:
+    """The inversion, none where the method reads none, and the method of an experiment. Raises InputError."""
+    inversion, method = config.inversion(experiment), config.method(experiment)
+    return getattr(inversion, "resolved", inversion) if needs(method).inversion else NoInversion(), method
+
+
 def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
     """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
 
     `model`: the one that it names, where that is loaded already.
     """
-    inversion, method = config.inversion(experiment), config.method(experiment)
-    if isinstance(inversion, NullText):
-        inversion = inversion.resolved
+    inversion, method = chosen(experiment)
     w, of_edit = getattr(inversion, "guidance", None), getattr(method, "guidance", None)
     if None not in (w, of_edit) and w != of_edit:
         log.warning("inversion.guidance=%g but method.guidance=%g: the source is replayed under the former", w, of_edit)
@@ -76,7 +80,6 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
     needed = needs(method)
     if not needed.inversion:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
-        inversion = NoInversion()
     store = Store(Path(experiment.store) if experiment.store else None)
     model = model or StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
