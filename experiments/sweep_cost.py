@@ -46,11 +46,13 @@ def windows(steps: int, grid: int, store: Path, words: Sequence[str]) -> config.
     return read([f"steps={steps}", f"axes.method.fusion_steps=windows(0,{steps},{grid})", f"store={store}", *words], [])
 
 
-def rows(experiment: config.Experiment, runner_of: Any) -> tuple[int, int]:
-    """UNet rows of a sweep on its first case: shared, and point by point."""
+def rows(experiment: config.Experiment, runner_of: Any) -> tuple[int, int, int]:
+    """UNet rows of a sweep on its first case, shared and point by point, and how many at once."""
     runner, case, points = runner_of(experiment)
     works = runner.ready(runner.works(case, points))
-    return count(runner, works), sum(count(runner, [work]) for work in works)
+    given = experiment.sweep.rows
+    runner.rows = speed(runner, works[0])[0] if given == "auto" else int(given)
+    return count(runner, works), sum(count(runner, [work]) for work in works), runner.rows
 
 
 def cost(steps: int, grid: int, folder: Path, words: Sequence[str]) -> dict[str, float]:
@@ -63,12 +65,10 @@ def cost(steps: int, grid: int, folder: Path, words: Sequence[str]) -> dict[str,
         surveyed = survey.read(experiment, cases_of(experiment), folder / out)
         return Runner(surveyed, lab, track=bar), surveyed.cases[0], surveyed.points
 
-    shared, alone = rows(target, runner_of)
-    found: dict[str, float] = {"points": len(runner_of(target)[2]), "rows_target": shared, "rows_target_alone": alone}
-    found["rows_both"], found["rows_both_alone"] = rows(both, runner_of)
-    runner, case, points = runner_of(target, "together")
-    (work,) = runner.ready(runner.works(case, points[:1]))
-    most = speed(runner, work)[0] if target.sweep.rows == "auto" else int(target.sweep.rows)
+    found: dict[str, float] = {}
+    found["rows_target"], found["rows_target_alone"], most = rows(target, runner_of)
+    found["rows_both"], found["rows_both_alone"], _ = rows(both, runner_of)
+    points = runner_of(target)[2]
     pictures, seconds = [], []
     for out, parts in (("together", [points]), ("apart", [[point] for point in points])):
         runner, case, points = runner_of(target, out)

@@ -21,6 +21,10 @@ from masafusion_lab.survey import Point, Survey
 log = logging.getLogger(__name__)
 
 
+LEAST = 16
+"""Rows at once that are worth while: in calls of fewer, rows that others read are computed too often."""
+
+
 @dataclass(frozen=True)
 class Proof:
     """That an axis is alive: of two points that differ in it alone, the latents at a state, and by how much at most."""
@@ -72,19 +76,19 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         proofs = tuple(Proof(**{**proof, "values": tuple(proof["values"])}) for proof in kept["proofs"])
         return Forecast(**{**{key: value for key, value in kept.items() if key != "made_of"}, "proofs": proofs})
     case = survey.cases[0]
+    chunks = [runner.ready(runner.works(case, chunk)) for chunk in survey.chunks()]
+    if runner.lost:
+        said = [f"{name}: {error}" for name, error in runner.lost[:8]]
+        raise InputError("\n  ".join([f"{len(runner.lost)} points cannot be run on case {case.id!r}:", *said]))
+    proofs = tuple(alive(survey, runner, case))
+    runner.rows, a_row = speed(runner, chunks[0][0], None if rows == "auto" else int(rows))
     alone = shared = 0
-    for chunk in survey.chunks():
-        works = runner.ready(runner.works(case, chunk))
-        if runner.lost:
-            said = [f"{name}: {error}" for name, error in runner.lost[:8]]
-            raise InputError("\n  ".join([f"{len(runner.lost)} points cannot be run on case {case.id!r}:", *said]))
-        together = [work for work in works if work.course is not None]
+    for works in chunks:
         each = [count(runner, [work]) for work in works]
+        together = [work for work in works if work.course is not None]
         alone += sum(each)
         shared += count(runner, together) if together else 0
         shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
-    proofs = tuple(alive(survey, runner, case))
-    runner.rows, a_row = speed(runner, works[0], None if rows == "auto" else int(rows))
     seconds = shared * a_row * len(survey.cases)
     found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
     write_json(path, {**asdict(found), "made_of": made_of})
@@ -95,7 +99,7 @@ def count(runner: Runner, works: Sequence[Work]) -> int:
     """UNet rows of points together; of one that cannot share them, as many as the usual method has."""
     if works[0].course is None:
         return 10 * len(works[0].lab.schedule)
-    return sum(runner.share(works).rows)
+    return sum(runner.share(works).rows(runner.rows))
 
 
 def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:
@@ -135,21 +139,25 @@ def _parting(a: Work, b: Work) -> tuple[int, float] | None:
 def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, float]:
     """Rows at once of a point's size, and the seconds that each takes; if not given, those at which one is fastest.
 
-    They are doubled until a row gets no faster, or a call would take more than half of the memory that is free.
+    That is looked for from LEAST rows upwards, as far as a call takes no more than half of the memory that is free.
     """
-    best = (rows or 1, math.inf)
-    for n in (rows,) if rows else (2**k for k in range(1, 9)):
+    if rows:
+        return rows, _timed(runner, work, rows)[0] / rows
+    taken, held = _timed(runner, work, 2)
+    fit = max(1, int(free() / max(held, 1e-6)))  # two rows held so much, and half of it is for them
+    best = min(LEAST, 2 ** (fit.bit_length() - 1)), taken / 2
+    for n in (LEAST * 2**k for k in range(5)):
+        if n > fit:
+            break
         try:
-            taken, held = _timed(runner, work, n)
+            a_row = _timed(runner, work, n)[0] / n
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or n <= 2:
+            if not out_of_memory(error):
                 raise
+            return (best[0] // 2 if n == LEAST else best[0]), best[1]
+        if n > LEAST and a_row > 0.97 * best[1]:
             break
-        if taken / n > 0.97 * best[1] and not rows:
-            break
-        best = n, taken / n
-        if 2 * held > free() / 2:
-            break
+        best = n, a_row
     return best
 
 

@@ -170,10 +170,11 @@ class Runner:
         made_by = json.dumps([[work.job.key for work in works], str(lab.model.dtype), self.rows])
         i, x = begun(progress, made_by) or (0, shared.course.x)
         course = replace(shared.course, x={name: latent.to(lab.model.device) for name, latent in x.items()})
-        rows, saved = iter(self.track(range(sum(shared.rows[i:])), what)), time.monotonic()
+        cost = shared.rows(self.rows)
+        rows, saved = iter(self.track(range(sum(cost[i:])), what)), time.monotonic()
         for state in course.run(lab.model, schedule=lab.schedule, start=i, most=self.rows):
             x = state.x
-            deque(itertools.islice(rows, shared.rows[state.i - 1]), 0)
+            deque(itertools.islice(rows, cost[state.i - 1]), 0)
             ended = state.i == len(lab.schedule)
             if ended or interrupt.asked() or time.monotonic() - saved > SAVED_EVERY:
                 keep(progress, made_by, state, course.replay)

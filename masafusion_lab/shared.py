@@ -31,12 +31,16 @@ KNOWN: dict[type, str] = {
 class Shared:
     """One course that does what many do.
 
-    `ends`: for each of the many the name, at the end, of every latent that was wanted; `rows`: UNet rows of each step.
+    `ends`: for each of the many the name, at the end, of every latent that was wanted.
     """
 
     course: Course
     ends: tuple[dict[str, str], ...]
-    rows: tuple[int, ...]
+    steps: int
+
+    def rows(self, most: int | None = None) -> list[int]:
+        """UNet rows of each step, in calls of at most so many."""
+        return [sum(map(len, calls(self.course.plan, i, self.course.w, most))) for i in range(self.steps)]
 
 
 def share(courses: Sequence[Course], *, steps: int, layers: int, wanted: Iterable[str] = ("target",)) -> Shared:
@@ -196,15 +200,13 @@ def _written(common: Common, made: Sequence[Mapping[str, Move]], ends: Sequence[
         script.append((branches, {after[name]: (places[before], rule) for name, (before, rule) in moves.items()}))
     script.reverse()
     tensors = common.tensors
-    written = Script([branches for branches, _ in script], [moves for _, moves in script])
     course = Course(
-        written,
+        Script([branches for branches, _ in script], [moves for _, moves in script]),
         {places.get(name, name): x for name, x in tensors["x"].items() if name in needed},
         Given(tensors["prompt"], hint=common.hint, regions=tensors["region"]),
         dict(tensors["replay"]),
     )
-    rows = tuple(len(calls(written, i)[0]) for i in range(len(script)))
-    return Shared(course, tuple({name: last.get(end, end) for name, end in its.items()} for its in ends), rows)
+    return Shared(course, tuple({name: last.get(end, end) for name, end in its.items()} for its in ends), len(made))
 
 
 def _places(needed: Iterable[str], moving: Container[str]) -> dict[str, str]:

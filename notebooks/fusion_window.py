@@ -4,7 +4,7 @@
 # MaSaFusion fuses source and target in every step. Figure 12 of the paper asks what happens if it does so only in a
 # window $[a, b)$ of them, with the plain prediction before and after. Here all windows of a grid are tried on one
 # picture. Points of a sweep are data, so what two of them compute alike is computed once: fifteen windows in ten steps
-# cost 274 rows of the UNet instead of 1,070.
+# cost a quarter of the UNet's rows, fifty-five in fifty steps a sixth.
 
 # %%
 from pathlib import Path

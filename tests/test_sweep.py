@@ -297,7 +297,7 @@ def test_the_command_says_what_is_planned_and_what_to_take(command, tmp_path):
     code, out, _ = command("axes.method.fusion_steps=windows(0,2,1)")
     planned, recommended, page = out.splitlines()
     assert code == 0
-    assert planned.startswith("3 points on 1 case; UNet rows a case: 44 one by one, 26 shared (1.7 times fewer), 4 at")
+    assert planned.startswith("3 points on 1 case; UNet rows a case: 45 one by one, 27 shared (1.7 times fewer), 4 at")
     assert recommended.startswith("recommended: method.fusion_steps=[")
     assert page == "out/report.html"
     assert command("axes.method.fusion_steps=windows(0,2,1)")[1] == out
