@@ -5,6 +5,7 @@ import base64
 import json
 import zipfile
 import zlib
+from dataclasses import fields as fields_of
 from pathlib import Path
 
 import gradio as gr
@@ -130,7 +131,7 @@ def test_the_form_has_every_method_with_every_field_and_gives_the_words_of_those
     fields = list(form.fields(experiment))
     for name, cls in METHODS.items():
         its = {field.key.name: field for field in fields if field.of == f"method.name={name}"}
-        assert set(its) == {f"method.{key}" for key in cls.__dataclass_fields__}
+        assert set(its) == {f"method.{field.name}" for field in fields_of(cls)}
         assert all(field.key.doc for field in its.values())
     words = form.words(fields, [field.value for field in fields])
     assert config.load(words=words) == config.load(words=[*words])
