@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from itertools import islice
 from pathlib import Path
+from textwrap import fill
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -12,13 +13,7 @@ from experiments.picturebook.evaluate import Bench, told
 from masafusion_lab.report import picture
 from masafusion_lab.runs import write_picture
 
-ROWS, COLUMNS, SIDE, TEXT = 3, 4, 192, 34
-
-
-def wrapped(prompt: str, width: int = 32) -> str:
-    """The prompt in two lines at most."""
-    cut = prompt.rfind(" ", 0, width) if len(prompt) > width else len(prompt)
-    return f"{prompt[:cut]}\n{prompt[cut + 1 :]}"
+ROWS, COLUMNS, SIDE, TEXT = 3, 4, 192, 50
 
 
 def main() -> None:
@@ -30,7 +25,7 @@ def main() -> None:
     for k, (item, pixels) in enumerate(zip(items, made, strict=True)):
         x, y = k % COLUMNS * SIDE, k // COLUMNS * (SIDE + TEXT)
         sheet.paste(picture(pixels).resize((SIDE - 6, SIDE - 6), Image.Resampling.LANCZOS), (x + 3, y + 3))
-        draw.multiline_text((x + 4, y + SIDE), wrapped(item.prompt), fill="#1f2328", font=font)
+        draw.multiline_text((x + 4, y + SIDE), fill(item.prompt, 30), fill="#1f2328", font=font)
     write_picture(out, sheet)
 
 
