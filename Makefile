@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup edit test slow lint format notebooks speed quality bench attention picturebook clean
+.PHONY: help setup edit test slow test-app lint format notebooks speed quality bench attention picturebook clean
 PY := .venv/bin/python
 
 help:           ## this list
@@ -17,6 +17,9 @@ test:           ## the fast tests, under six minutes on two cores
 
 slow:           ## the slow tests: trained weights, kill loops, the SD-1.4-shaped model
 	.venv/bin/pytest -m slow -o timeout=1800
+
+test-app:       ## the annotation lab in Chromium, attacked, and killed
+	.venv/bin/pytest -m slow -o timeout=600 tests/test_app_browser.py tests/test_app_wire.py
 
 lint:           ## ruff, formatting, types
 	.venv/bin/ruff check .

@@ -129,6 +129,11 @@ def page(studio: Studio) -> gr.Blocks:
                 cards = gr.HTML()
                 chosen = gr.Dropdown([], label="Look at", visible=False)
                 old = _viewer()
+                if handlers.MORE:
+                    with gr.Accordion("Look closer", open=False):
+                        title = gr.Radio(list(handlers.MORE), show_label=False)
+                        closer = gr.Gallery(show_label=False, columns=4, format="png", buttons=[])
+                    title.input(partial(handlers.closer, studio), [token, chosen, title], closer, api_name="closer")
             with gr.Tab("Annotate a set") as tab:
                 _album(studio, token, tab)
         shown = [status, run, stop, *view, cards, chosen]
@@ -183,11 +188,11 @@ def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: 
         seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220)
         said = gr.HTML()
     ways = list(annotate.ways(studio.experiment.pidinet))
-    with gr.Accordion("Sketch and region by themselves", open=False):
-        how = gr.Radio(ways, value=ways[0], label="How the sketch is drawn")
+    with gr.Accordion("Let sketch and region be drawn", open=False):
+        how = gr.Radio(ways, value=ways[0], label="How the sketch is drawn", visible=len(ways) > 1)
         with gr.Row():
-            outline = gr.Button("Draw the sketch", size="sm", min_width=120)
-            compare = gr.Button("Region where the sketch was redrawn", size="sm", min_width=120)
+            outline = gr.Button("Sketch from the picture", size="sm", min_width=120)
+            compare = gr.Button("Region from the redrawn sketch", size="sm", min_width=120)
         kind = gr.Radio(["sketch", "canny"], value="sketch", label="The sketch is a hint of this kind")
     return Annotator(canvas, how, outline, compare, kind, texts, words, seen, said)
 
@@ -212,8 +217,8 @@ def _form(experiment: config.Experiment) -> tuple[list[form.Field], list[Any]]:
     """The fields of a run and their inputs: what is always asked in sight, the rest of method and inversion below."""
     fields = list(form.fields(experiment))
     made: dict[int, Any] = {}
-    gr.HTML(views.part("step", "", "Settings", "with the paper's as they stand"))
-    with gr.Row(elem_classes=["settings"]):
+    gr.HTML(views.part("step", "", "Settings", "those of the paper, if left as they are"))
+    with gr.Row(elem_classes=["settings", "main"]):
         for k, field in enumerate(fields):
             if not field.of:
                 made[k] = _input(field, min_width=150)

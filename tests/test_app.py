@@ -10,8 +10,9 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from PIL import Image
 
-from masafusion_lab import InputError, cli, config, phases, request
+from masafusion_lab import InputError, app, cli, config, phases, request
 from masafusion_lab.annotate import canvas_size, to_url
 from masafusion_lab.data.annotated import MANIFEST
 from masafusion_lab.methods import METHODS
@@ -79,6 +80,17 @@ def test_the_inversion_is_reused_when_only_the_rest_changes_and_progress_is_told
     assert handlers.look(studio, token, names[1])[0]["visible"]
     assert not handlers.look(studio, token, f"../{names[1]}")[0]["visible"]
     assert not handlers.look(studio, "another", names[1])[0]["visible"]
+
+
+def test_what_else_can_be_made_of_a_run_is_made_when_it_is_asked_for(studio, monkeypatch):
+    token, picture, *_ = handlers.arrive(studio, "")
+    ran(studio, token, picture, sent(), "a cat", "a dog")
+    name = studio.past(token)[0].folder.name
+    monkeypatch.setitem(handlers.MORE, "size", lambda model, folder: [(Image.open(folder / "target.png"), "target")])
+    app.page(studio)
+    ((shown, caption),) = handlers.closer(studio, token, name, "size")
+    assert (shown.size, caption) == (SIZE, "target")
+    assert handlers.closer(studio, "another", name, "size") == []
 
 
 def test_two_people_do_not_see_each_others_runs(studio):

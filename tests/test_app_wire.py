@@ -1,6 +1,9 @@
 """The annotation lab over the wire: what is served, what goes through, and attacks."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -9,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from masafusion_lab import app
 from masafusion_lab.web import form, handlers
@@ -127,3 +131,27 @@ def test_fifty_requests_at_once_are_all_answered_and_those_too_many_are_refused(
     assert all("20 runs wait already" in data for _, data in refused)
     assert all(event == "complete" for event, _ in answers)
     assert ask(url)[0] == 200
+
+
+@pytest.mark.slow
+def test_killed_in_mid_run_nothing_is_half_written_and_a_signal_ends_it_with_the_run_marked(studio, tmp_path):
+    words = [word for word in studio.words if not word.startswith("steps=")]
+    command = [sys.executable, "-c", "from masafusion_lab.cli import main; main()", "app", *words, "steps=1000"]
+    for number, code, state in ((signal.SIGKILL, -signal.SIGKILL, "killed"), (signal.SIGTERM, 143, "interrupted")):
+        with subprocess.Popen([*command, f"out={tmp_path / 'kept'}"], stdout=subprocess.PIPE, text=True) as process:
+            url = process.stdout.readline().split()[0]
+            call(url, "arrive", "me")
+            fields = typed([field.value for field in form.fields(studio.experiment)])
+            fields[[field.key.name for field in form.fields(studio.experiment)].index("steps")] = 1000
+            begun = len(studio.past("me"))
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(call, url, "run", "me", sent(), "sketch", "a cat", "a dog", "", *fields)
+                while len(studio.past("me")) == begun:
+                    time.sleep(0.1)
+                time.sleep(0.5)
+                process.send_signal(number)
+                assert process.wait(60) == code
+        past = studio.past("me")[0]
+        assert not past.done
+        assert ("killed" if past.killed else past.state["state"]) == state
+        assert not [path for path in past.folder.glob("*.png") if not Image.open(path).load()]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,17 @@ def test_off_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_wish_to_stop_reaches_its_own_thread_alone_and_is_gone_afterwards():
+    stop = threading.Event()
+    stop.set()
+    with interrupt.heeding(stop):
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(check).result()
+        with pytest.raises(interrupt.Cancelled, match="cancelled"):
+            check()
+    check()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

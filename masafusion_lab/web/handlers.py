@@ -25,8 +25,8 @@ from masafusion_lab.web.studio import Past, Studio, brought, keep_picture, new_t
 
 log = logging.getLogger(__name__)
 
-MORE: dict[str, Callable[[Path], Sequence[tuple[Image.Image, str]]]] = {}
-"""What else can be made of a finished run when it is asked for: a title -> pictures with captions of its folder."""
+MORE: dict[str, Callable[[Any, Path], Sequence[tuple[Image.Image, str]]]] = {}
+"""What can be made of a finished run when it is asked for: a title -> pictures with captions, of model and folder."""
 
 SHOWN = ("source", "reconstruction", "intermediate", "target")
 POLL = 0.25
@@ -204,3 +204,13 @@ def look(studio: Studio, token: str, name: str) -> tuple[Any, ...]:
     """An earlier run of this person, by name."""
     past = next((past for past in studio.past(token) if past.done and past.folder.name == name), None)
     return (gr.update(visible=False), *[gr.skip()] * 4) if past is None else viewer(studio, past)
+
+
+def closer(studio: Studio, token: str, name: str, title: str) -> list[tuple[Image.Image, str]]:
+    """What MORE makes of an earlier run of this person, when its turn comes."""
+    folders = {past.folder.name: past.folder for past in studio.past(token) if past.done}
+    if name not in folders or title not in MORE:
+        return []
+    with told():
+        job = studio.desk.submit(studio.person(token).name, lambda job: MORE[title](studio.model, folders[name]))
+        return list(job.future.result())

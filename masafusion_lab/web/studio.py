@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import os
 import re
 import secrets
 import tempfile
@@ -45,6 +46,11 @@ class Past:
     def done(self) -> bool:
         """Whether there are pictures to look at."""
         return bool(self.result)
+
+    @property
+    def killed(self) -> bool:
+        """Whether its process ended without a word."""
+        return self.state.get("state") == "running" and self.state.get("pid") != os.getpid()
 
 
 @dataclass

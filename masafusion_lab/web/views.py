@@ -71,7 +71,7 @@ def _card(past: Past) -> dict[str, Any]:
     settings = " · ".join(f"{key}={value}" for key, value in _changed(past).items())
     return {
         "name": past.folder.name,
-        "state": past.state.get("state", "unknown"),
+        "state": "killed" if past.killed else past.state.get("state", "unknown"),
         "target": past.result["prompts"]["target"] if past.done else past.state.get("error") or "",
         "said": f"{past.result['method']['name']} · {settings or 'defaults'}" if past.done else "",
         "thumbs": [_thumb(past.folder / f"{name}.png") for name in ("source", "target")] if past.done else [],
