@@ -136,17 +136,17 @@ def test_fifty_requests_at_once_are_all_answered_and_those_too_many_are_refused(
 @pytest.mark.slow
 def test_killed_in_mid_run_nothing_is_half_written_and_a_signal_ends_it_with_the_run_marked(studio, tmp_path):
     words = [word for word in studio.words if not word.startswith("steps=")]
-    command = [sys.executable, "-c", "from masafusion_lab.cli import main; main()", "app", *words, "steps=1000"]
+    command = [sys.executable, "-c", "from masafusion_lab.cli import main; main()", "app", *words, "steps=999"]
     for number, code, state in ((signal.SIGKILL, -signal.SIGKILL, "killed"), (signal.SIGTERM, 143, "interrupted")):
         with subprocess.Popen([*command, f"out={tmp_path / 'kept'}"], stdout=subprocess.PIPE, text=True) as process:
             url = process.stdout.readline().split()[0]
             call(url, "arrive", "me")
             fields = typed([field.value for field in form.fields(studio.experiment)])
-            fields[[field.key.name for field in form.fields(studio.experiment)].index("steps")] = 1000
+            fields[[field.key.name for field in form.fields(studio.experiment)].index("steps")] = 999
             begun = len(studio.past("me"))
             with ThreadPoolExecutor(1) as pool:
-                pool.submit(call, url, "run", "me", sent(), "sketch", "a cat", "a dog", "", *fields)
-                while len(studio.past("me")) == begun:
+                answer = pool.submit(call, url, "run", "me", sent(), "sketch", "a cat", "a dog", "", *fields)
+                while len(studio.past("me")) == begun and not answer.done():
                     time.sleep(0.1)
                 time.sleep(0.5)
                 process.send_signal(number)
