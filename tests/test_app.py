@@ -12,11 +12,13 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from masafusion_lab import InputError, app, cli, config, phases, request
+from masafusion_lab import InputError, cli, config, phases, request
 from masafusion_lab.annotate import canvas_size, to_url
 from masafusion_lab.data.annotated import MANIFEST
 from masafusion_lab.methods import METHODS
 from masafusion_lab.web import album, form, handlers, views
+from masafusion_lab.web.desk import Job
+from masafusion_lab.web.page import page
 from masafusion_lab.web.studio import Studio, brought
 from tests.edits import SIZE, drawn, sent, upload
 
@@ -82,12 +84,21 @@ def test_the_inversion_is_reused_when_only_the_rest_changes_and_progress_is_told
     assert not handlers.look(studio, "another", names[1])[0]["visible"]
 
 
+def test_null_text_inversion_tells_how_far_it_is(studio, monkeypatch):
+    token, picture, *_ = handlers.arrive(studio, "")
+    said = []
+    monkeypatch.setattr(Job, "tell", lambda job, *news: said.append(news))
+    news = ran(studio, token, picture, sent(), "a cat", "a dog", inversion_name="null_text", inversion_inner_steps="3")
+    assert "null_text inversion" in news[-1][6]
+    assert [done for what, done, total in said if (what, total) == ("null-text inversion", 6)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_what_else_can_be_made_of_a_run_is_made_when_it_is_asked_for(studio, monkeypatch):
     token, picture, *_ = handlers.arrive(studio, "")
     ran(studio, token, picture, sent(), "a cat", "a dog")
     name = studio.past(token)[0].folder.name
     monkeypatch.setitem(handlers.MORE, "size", lambda model, folder: [(Image.open(folder / "target.png"), "target")])
-    app.page(studio)
+    page(studio)
     ((shown, caption),) = handlers.closer(studio, token, name, "size")
     assert (shown.size, caption) == (SIZE, "target")
     assert handlers.closer(studio, "another", name, "size") == []

@@ -17,6 +17,7 @@ from PIL import Image
 from masafusion_lab import app
 from masafusion_lab.web import form, handlers
 from masafusion_lab.web.gate import Gate
+from masafusion_lab.web.page import names_file
 from tests.edits import sent
 
 
@@ -80,7 +81,7 @@ def test_a_file_that_a_request_names_is_neither_opened_nor_fetched(served, monke
         for named in (file, {"uploads": [file]}, {"uploads": [{"name": "x", "data": file}]}):
             assert call(served.local_url, "bring", "token", named)[0] == "error"
     assert fetched == []
-    assert not app.names_file({"region": "x", "uploads": [{"name": "y", "data": "z"}]})
+    assert not names_file({"region": "x", "uploads": [{"name": "y", "data": "z"}]})
 
 
 def test_requests_that_are_too_large_or_do_not_say_so_are_refused_unread():

@@ -10,14 +10,13 @@ import gradio as gr
 
 from masafusion_lab import InputError
 from masafusion_lab.annotate import opened, read_drawings
+from masafusion_lab.config import PROMPTS
 from masafusion_lab.data.annotated import MANIFEST, annotate, annotated, is_whole
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import LINES, open_picture
 from masafusion_lab.web import views
 from masafusion_lab.web.handlers import told, uploads
 from masafusion_lab.web.studio import Studio, brought, keep_picture, zipped
-
-TEXTS = ("source", "target", "instruction")
 
 
 def album(studio: Studio, token: str) -> dict[str, Case]:
@@ -62,7 +61,7 @@ def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str)
         drawings = read_drawings(sent, open_picture(case.image), kind)
         if drawings and kind not in case.hints:  # the drawing goes from one kind to the other
             drawings |= dict.fromkeys(set(LINES) & set(case.hints))
-        annotate(folder, id, dict(zip(TEXTS, texts, strict=True)), drawings)
+        annotate(folder, id, dict(zip(PROMPTS, texts, strict=True)), drawings)
         return _state(studio, token, album(studio, token), id)
 
 
@@ -72,6 +71,8 @@ def add(studio: Studio, token: str, sent: Any) -> tuple[Any, ...]:
     with told():
         if studio.experiment.cases:
             raise InputError(f"the set is the folder {folder}: put pictures there")
+        if not uploads(sent):
+            raise InputError("no picture came: bring it again")
         for upload in uploads(sent):
             name, picture = brought(upload)
             path = keep_picture(folder, name, picture, apart=False)

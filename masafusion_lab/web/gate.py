@@ -27,7 +27,7 @@ class Gate:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass on what may pass (ASGI)."""
-        status = self.refusal(scope) if scope["type"] in ("http", "websocket") else 0
+        status = self.refusal(scope) if scope["type"] == "http" else 0
         if not status:
             await self.app(scope, receive, send)
             return

@@ -16,6 +16,7 @@ from PIL import Image
 
 from masafusion_lab import InputError, request
 from masafusion_lab.annotate import opened, over, read_drawings, ways
+from masafusion_lab.config import PROMPTS
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.hints import region_from_sketches
 from masafusion_lab.interrupt import Cancelled
@@ -106,8 +107,8 @@ def outline(studio: Studio, picture: str, how: str) -> dict[str, Any]:
 
 def compare(studio: Studio, picture: str, sent: Any, how: str) -> dict[str, Any]:
     """The region in which the sketch differs from the one that is drawn from the picture."""
-    image = _open(picture)
     with told():
+        image = _open(picture)
         after = read_drawings(sent, image, "sketch").get("sketch")
         if after is None:
             raise InputError("there is no sketch: draw it from the picture, then redraw what shall change")
@@ -116,19 +117,14 @@ def compare(studio: Studio, picture: str, sent: Any, how: str) -> dict[str, Any]
 
 
 def _open(picture: str) -> Image.Image:
-    """A picture that was kept, or is of the set."""
+    """A picture that was kept, or is of the set. Raises InputError."""
+    if not picture:
+        raise InputError("there is no picture: load the page again")
     return open_picture(Path(picture))
 
 
 def _drawn(studio: Studio, how: str, picture: str) -> Image.Image:
     return ways(studio.experiment.pidinet)[how](_open(picture))
-
-
-def run_words(form_: Sequence[form.Field], texts: Sequence[str], values: Sequence[Any]) -> list[str]:
-    """The key=value words of prompts (source, target, instruction) and settings."""
-    return [f"{key}={text}" for key, text in zip(("source", "target", "instruction"), texts, strict=True)] + form.words(
-        form_, values
-    )
 
 
 async def run(
@@ -140,7 +136,9 @@ async def run(
     """
     try:
         drawings = read_drawings(sent, _open(picture), kind)
-        job = studio.submit(token, Path(picture), drawings, run_words(fields, given[:3], given[3:]))
+        words = [f"{key}={text}" for key, text in zip(PROMPTS, given, strict=False)]
+        words += form.words(fields, given[len(PROMPTS) :])
+        job = studio.submit(token, Path(picture), drawings, words)
     except InputError as error:
         yield _status(views.part("said", str(error), "warn"), running=False)
         return
@@ -166,7 +164,7 @@ async def follow(studio: Studio, token: str, job: Job | None = None) -> AsyncIte
         yield (*_status("", running=False)[:3], *viewer(studio, past), *history(studio, token))
         return
     if isinstance(error, Cancelled):
-        said = "Cancelled. The same run goes on from what it had computed of the inversion."
+        said = "Cancelled."
     elif isinstance(error, InputError | ArithmeticError):
         said = str(error)
     else:

@@ -46,9 +46,8 @@ def progress(desk: Desk, job: Job) -> str:
     if not before:
         left = None if job.left is None else f"about {_duration(job.left)}"
         return part("progress", job.what or "about to begin", job.done, job.total, left)
-    if before == [each for each in before if not each.owner]:
+    if not (many := sum(bool(each.owner) for each in before)):
         return part("progress", "loading the model", 0, 0, None)
-    many = len([each for each in before if each.owner])
     return part("progress", f"waiting: {many} {'run' if many == 1 else 'runs'} before yours", 0, 0, None)
 
 
