@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Hint, Plan, Span, Take
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Shareable, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MasaCtrl:
+class MasaCtrl(Shareable):
     """Mutual self-attention, as published along a drawn condition; hint_until=0 is MasaCtrl without an adapter."""
 
     guidance: float = 7.5
@@ -60,24 +59,7 @@ class MasaCtrl:
             {"target": "T"},
         )
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": source.states[0]},
-            given,
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            taps=taps,
-        )
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Shareable`."""
+        plan = self.plan(model.sites, len(schedule))
+        return Course(plan, {"target": source.states[0]}, given, {"source": source.states}, self.guidance)

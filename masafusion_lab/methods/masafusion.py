@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import HALVES, NO_REGION, Branch, Hint, Masked, Plan, Span, Take
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Shareable, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MaSaFusion:
+class MaSaFusion(Shareable):
     """Settings of Algorithm 1; the defaults are the paper's, or the most literal reading where it is silent."""
 
     guidance: float = 7.5
@@ -102,21 +101,8 @@ class MaSaFusion:
         return {"t2i": init(self.init_t2i, x), "target": init(self.init_target, other)}
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Shareable`."""
+        """The edit as data; its states hold "t2i", the intermediate image, beside "target"; see `Shareable`."""
         if given.mask is None:
             raise InputError(NO_REGION)
         plan, start = self.plan(model.sites, len(schedule)), self.start(source.states[0], x, given.mask)
         return Course(plan, start, given, {"source": source.states}, self.guidance)
-
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; the states hold "t2i", the intermediate image, beside "target"; see `Method`."""
-        yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Shareable, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Shareable):
     """Denoise x_T^S under the target prompt, nothing fused: plain inversion editing."""
 
     guidance: float = 7.5
@@ -32,19 +30,6 @@ class Plain:
         """The edit as data; see `Shareable`."""
         plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
         return Course(plan, {"target": source.states[0]}, given, w=self.guidance)
-
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)
 
 
 @dataclass(frozen=True)

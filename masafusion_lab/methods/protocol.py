@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -81,10 +81,22 @@ class Method(Protocol):
         ...
 
 
-@runtime_checkable
-class Shareable(Protocol):
-    """A method whose call is one `lockstep` and no more, which it also gives as data: a sweep can share its rows."""
+class Shareable:
+    """A method whose call is one `lockstep` and no more, which it gives as data: a sweep can share its rows."""
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """What its call gives `lockstep`."""
-        ...
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        model: StableDiffusion,
+        given: Given,
+        source: Source,
+        x: Tensor,
+        *,
+        schedule: Schedule,
+        taps: Sequence[Tap] = (),
+    ) -> Iterator[State]:
+        """Edit; see `Method`."""
+        yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)
