@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,15 +56,15 @@ class Training(Part):
         net = grow(net, extra)
         if start != "unet":
             net.load_state_dict(weights(s, start, "unet"))
-        self.unet = net.to(memory_format=torch.channels_last)
-        self.unet.set_attn_processor(AttnProcessor())
+        self.unet = net
+        unet.speed_up(net, s)
         for name, p in self.unet.named_parameters():
             p.requires_grad_(bool(TRAINED.search(name)))
 
     def drawn(self, g: np.random.Generator, x0: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, 4, h, w), noise alike, timesteps (B)."""
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32))
-        return torch.from_numpy(x0).float(), noise, torch.from_numpy(g.integers(1000, size=len(x0)))
+        return torch.from_numpy(x0).float(), noise, unet.timesteps(g, len(x0))
 
     def loss(self, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, beside: Tensor, weight: Tensor | float) -> Tensor:
         """The mean squared error of the velocity, weighted by cell and by noise as the UNet's was."""
