@@ -66,15 +66,17 @@ class Training(Part):
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32))
         return torch.from_numpy(x0).float(), noise, unet.timesteps(g, len(x0))
 
-    def loss(self, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, beside: Tensor, weight: Tensor | float) -> Tensor:
-        """The mean squared error of the velocity, weighted by cell and by noise as the UNet's was."""
+    def loss(
+        self, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, beside: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """The mean squared error of the velocity, weighted by noise as the UNet's was, and by cells if told."""
         s: Any = self.s
         abar = self.abar[t].view(-1, 1, 1, 1)  # type: ignore[index]
         x, v = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * x0  # (1)
         with torch.no_grad():
             text = self.text(ids).last_hidden_state
         out = self.unet(torch.cat([x, beside], 1), t, text).sample.float()
-        weight = torch.as_tensor(weight)
+        weight = torch.ones(1) if weight is None else weight
         error = (weight * (out - v).square()).mean((1, 2, 3)) / weight.mean()
         abar = abar.flatten()
         loss = (error * ((s.snr + 1) * (1 - abar)).clamp(max=1)).mean()

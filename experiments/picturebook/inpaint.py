@@ -19,10 +19,11 @@ from experiments.picturebook.training import fit, settings
 class Inpaint(grown.Grown):
     """things_part: of the regions those that are things, grown; the others are boxes and ellipses anywhere.
 
-    `blank` of the regions are the whole picture.
+    `blank` of the regions are the whole picture; inside: what a cell of the region weighs more than another.
     """
 
     things_part: float = 0.5
+    inside: float = 3.0
 
 
 def regions(g: np.random.Generator, things: np.ndarray, part: float, blank: float) -> np.ndarray:
@@ -63,7 +64,7 @@ class Training(grown.Training):
             grey = F.interpolate(A, picture.shape[-2:])
             known = self.vae.encode((1 - grey) * (2 * picture - 1)).latent_dist.mean * self.vae.config.scaling_factor
         s: Any = self.s
-        return self.loss(x0, noise, t, ids, torch.cat([A, known], 1), 1 + s.things * A)
+        return self.loss(x0, noise, t, ids, torch.cat([A, known], 1), 1 + s.inside * A)
 
 
 def main(words: list[str] | None = None) -> None:

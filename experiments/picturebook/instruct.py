@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.picturebook import grown, unet
-from experiments.picturebook.data import Album, pixels
+from experiments.picturebook.data import Album
 from experiments.picturebook.training import fit, last, settings
 from masafusion_lab.picturebook.edits import edit
 from masafusion_lab.picturebook.scene import Scene
@@ -77,7 +77,6 @@ class Training(grown.Training):
         super().__init__(s, 4, "unet_instruct" if s.grades and not last(s, "unet_hive").exists() else "unet")
         before, after = albums(s)
         self.before, self.after = unet.latents(self.vae, before), unet.latents(self.vae, after)
-        self.things = albums(s, "things", s.size // 4)[1].pictures
         self.told = [wordings[0] for wordings in before.captions]
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
@@ -85,7 +84,7 @@ class Training(grown.Training):
         return self.words(list(texts), padding="max_length", return_tensors="np").input_ids.astype(np.int64)
 
     def batch(self, g: np.random.Generator) -> tuple[Any, ...]:
-        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n), the source's latents, a weight for each cell.
+        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n), the source's latents.
 
         Either is left out as often as `drop` and `blank` say, both together as often as `unpaired`.
         """
@@ -100,13 +99,12 @@ class Training(grown.Training):
         ids, u = self.tokens(texts), g.random(s.batch)
         ids[u < s.drop + s.unpaired] = self.empty
         source[(u >= s.drop) & (u < s.drop + s.unpaired + s.blank)] = 0
-        weight = 1 + s.things * pixels(self.things[which][..., None])
-        return *self.drawn(g, target), torch.from_numpy(ids), torch.from_numpy(source), weight
+        return *self.drawn(g, target), torch.from_numpy(ids), torch.from_numpy(source)
 
     def training_step(self, batch: tuple[Any, ...], k: int) -> Tensor:
         """The loss."""
-        x0, noise, t, ids, source, weight = batch
-        return self.loss(x0, noise, t, ids, source / self.vae.config.scaling_factor, weight)
+        x0, noise, t, ids, source = batch
+        return self.loss(x0, noise, t, ids, source / self.vae.config.scaling_factor)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 class Unet(Settings):
     """coarse: the inner levels alone; more: start from the shipped weights.
 
-    snr: of the truncated weighting; things: what a cell that things cover weighs more than one of the background;
+    snr: of the truncated weighting of steps (weights of cells by what they show would bias what is sampled);
     drop: the part of the prompts that is left out; hints: the part of the batches that an adapter guides; compiled: the
     transformer blocks, which saves a sixth of the time and needs a C++ compiler.
     """
@@ -48,9 +48,8 @@ class Unet(Settings):
     channels: list[int] = field(default_factory=lambda: [32, 64, 128, 192])
     heads: list[int] = field(default_factory=lambda: [1, 2, 4, 6])
     snr: float = 5.0
-    things: float = 3.0
     drop: float = 0.1
-    hints: float = 0.6
+    hints: float = 0.25
     coarse: bool = False
     more: bool = False
     compiled: bool = False
@@ -116,7 +115,7 @@ def timesteps(g: np.random.Generator, n: int) -> Tensor:
 
 
 class Training(Part):
-    """The mean squared error of the velocity, of noisy and of fine steps alike, the things' cells before the rest."""
+    """The mean squared error of the velocity, of noisy and of fine steps alike."""
 
     def __init__(self, s: Unet) -> None:
         super().__init__(s)
@@ -124,7 +123,6 @@ class Training(Part):
         self.empty = words("", padding="max_length", return_tensors="np").input_ids[0]
         self.ids, vae = clip.tokens(words, s.album()), autoencoder.trained(s)
         self.latents = latents(vae, s.album(size=s.size))
-        self.things = s.album("things", s.size // 4).pictures
         self.drawn = {} if s.coarse else {kind: s.album(kind).pictures for kind in adapter.CHANNELS}
         self.register_buffer("abar", DDIMScheduler(**SCHEDULER).alphas_cumprod, persistent=False)
         self.unet = build(s, self.text.config.hidden_size)
@@ -139,32 +137,31 @@ class Training(Part):
         speed_up(self.unet, s)
 
     def batch(self, g: np.random.Generator) -> tuple[Any, ...]:
-        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n) of a wording, of "" where dropped, the weight
-        (B, 1, h, w) of each cell, and a hint {kind: (B, 1 or 3, SIZE, SIZE) in [0, 1]} or none."""
+        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n) of a wording, of "" where dropped, and a
+        hint {kind: (B, 1 or 3, SIZE, SIZE) in [0, 1]} or none."""
         s: Any = self.s
         which = np.sort(g.integers(len(self.ids), size=s.batch))
         x0 = torch.from_numpy(self.latents[which]).float()
         ids = self.ids[which, g.integers(self.ids.shape[1], size=s.batch)]
         ids[g.random(s.batch) < s.drop] = self.empty
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32))
-        weight = 1 + s.things * pixels(self.things[which][..., None])
         hint = {}
         if self.drawn and g.random() < s.hints:
             kind = str(g.choice(list(self.drawn), p=[0.6, 0.2, 0.2]))
             lines = self.drawn[kind][which]
             hint[kind] = pixels(lines if lines.ndim == 4 else lines[..., None])
-        return x0, noise, timesteps(g, s.batch), torch.from_numpy(ids), weight, hint
+        return x0, noise, timesteps(g, s.batch), torch.from_numpy(ids), hint
 
     def training_step(self, batch: tuple[Any, ...], k: int) -> Tensor:
         """The loss."""
-        x0, noise, t, ids, weight, hint = batch
+        x0, noise, t, ids, hint = batch
         abar = self.abar[t].view(-1, 1, 1, 1)
         x, v = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * x0  # (1)
         with torch.no_grad():
             text = self.text(ids).last_hidden_state
         features = [f for kind, lines in hint.items() for f in self.adapters[kind](lines)] or None
         out = self.unet(x, t, text, down_intrablock_additional_residuals=features).sample.float()
-        error = (weight * (out - v).square()).mean((1, 2, 3)) / weight.mean()
+        error = (out - v).square().mean((1, 2, 3))
         snr = self.abar[t] / (1 - self.abar[t])
         loss = (error * ((self.s.snr + 1) / (snr + 1)).clamp(max=1)).mean()  # type: ignore[attr-defined]
         self.log_dict({"loss": loss.detach(), "mse": error.detach().mean()}, on_step=False, on_epoch=True,
