@@ -15,14 +15,24 @@ from PIL import Image
 from masafusion_lab import InputError, cli, config, phases, request
 from masafusion_lab.annotate import canvas_size, to_url
 from masafusion_lab.data.annotated import MANIFEST
+from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.desk import Job
 from masafusion_lab.web.page import page
 from masafusion_lab.web.studio import Studio, brought
-from tests.edits import SIZE, drawn, sent, upload
+from tests.edits import SIZE, Calls, drawn, sent, upload
 
 EVIL = '<img src=x onerror=alert(1)>"${1}{{2}}'
+
+
+def heard(asynchronous):
+    """All that comes of it."""
+
+    async def all_of_it():
+        return [news async for news in asynchronous]
+
+    return asyncio.run(all_of_it())
 
 
 def ran(studio, token, picture, drawing, *texts, **changes):
@@ -30,11 +40,8 @@ def ran(studio, token, picture, drawing, *texts, **changes):
     fields = list(form.fields(studio.experiment))
     values = [changes.get(field.key.name.replace(".", "_"), field.value) for field in fields]
 
-    async def all_of_it():
-        said = (*texts, *[""] * (3 - len(texts)))
-        return [news async for news in handlers.run(studio, fields, token, picture, drawing, "sketch", *said, *values)]
-
-    return asyncio.run(all_of_it())
+    said = (*texts, *[""] * (3 - len(texts)))
+    return heard(handlers.run(studio, fields, token, picture, drawing, "sketch", *said, *values))
 
 
 def test_who_comes_finds_the_picture_that_the_lab_was_started_with_ready_to_run(studio):
@@ -53,7 +60,7 @@ def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_s
 ):
     token, picture, *_ = handlers.arrive(studio, "")
     news = ran(studio, token, picture, sent(), "a cat on grass", "a red dog on grass")
-    *_, facts, download, cards, chosen = news[-1]
+    *_, facts, download, name, figures, _, cards, chosen = news[-1]
     (past,) = studio.past(token)
     assert past.state["state"] == "done"
     assert past.result["case"] == "cat"
@@ -65,7 +72,8 @@ def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_s
     assert {path.name for path in folder.iterdir()} <= {path.name for path in past.folder.iterdir()}
     assert "reconstruction" in facts
     assert past.folder.name in cards
-    assert chosen["value"] == past.folder.name
+    assert chosen["value"] == name == past.folder.name
+    assert not figures["visible"]
     with zipfile.ZipFile(download["value"]) as archive:
         assert f"{past.folder.name}/target.png" in archive.namelist()
 
@@ -93,15 +101,39 @@ def test_null_text_inversion_tells_how_far_it_is(studio, monkeypatch):
     assert [done for what, done, total in said if (what, total) == ("null-text inversion", 6)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_else_can_be_made_of_a_run_is_made_when_it_is_asked_for(studio, monkeypatch):
+def test_the_attention_of_a_run_is_looked_at_when_that_is_asked_for_and_changes_nothing_else_of_it(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    ran(studio, token, picture, sent(), "a cat", "a red dog")
+    folder = studio.past(token)[0].folder
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    news = heard(handlers.attend(studio, token, folder.name))
+    assert "<progress" in news[0][-1]
+    *_, download, name, figures, said = news[-1]
+    assert said.strip() == ""
+    assert (name, len(figures["value"])) == (folder.name, 3)
+    assert Attention.load(folder / "maps.safetensors").words().word("red dog").name == "red dog"
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    assert before.items() <= after.items()
+    with zipfile.ZipFile(download["value"]) as archive:
+        assert f"{folder.name}/attention.html" in archive.namelist()
+    calls = Calls(studio.model)
+    assert heard(handlers.attend(studio, token, folder.name))[-1][-2]["visible"]  # there already
+    assert calls.count == 0
+    assert "is no finished run" in heard(handlers.attend(studio, "another", folder.name))[-1][-1]
+
+
+def test_looking_at_attention_is_called_off_like_a_run_and_refused_if_another_model_made_it(studio, monkeypatch):
     token, picture, *_ = handlers.arrive(studio, "")
     ran(studio, token, picture, sent(), "a cat", "a dog")
-    name = studio.past(token)[0].folder.name
-    monkeypatch.setitem(handlers.MORE, "size", lambda model, folder: [(Image.open(folder / "target.png"), "target")])
-    page(studio)
-    ((shown, caption),) = handlers.closer(studio, token, name, "size")
-    assert (shown.size, caption) == (SIZE, "target")
-    assert handlers.closer(studio, "another", name, "size") == []
+    past = studio.past(token)[0]
+    step = studio.model.unet.register_forward_pre_hook(lambda *_: handlers.cancel(studio, token))
+    assert "Cancelled" in heard(handlers.attend(studio, token, past.folder.name))[-1][-1]
+    step.remove()
+    assert (studio.past(token)[0].state, studio.past(token)[0].result) == (past.state, past.result)
+    assert not (past.folder / "attention.html").exists()
+    monkeypatch.setattr(studio.model, "digest", lambda parts=(): "another")
+    assert "another model" in heard(handlers.attend(studio, token, past.folder.name))[-1][-1]
+    assert studio.past(token)[0].result == past.result
 
 
 def test_two_people_do_not_see_each_others_runs(studio):
@@ -216,7 +248,7 @@ def test_only_pictures_of_a_bearable_size_are_taken(studio, data, said):
         brought({"name": "../../etc/cat.png", "data": "data:image/png;base64," + base64.b64encode(data).decode()})
     assert str(error.value).startswith("cat.png: ")
     with pytest.raises(gr.Error):
-        handlers.bring(studio, "t", {"uploads": [{"name": "x", "data": "," + base64.b64encode(data).decode()}]})
+        handlers.bring(studio, "t", "", {"uploads": [{"name": "x", "data": "," + base64.b64encode(data).decode()}]})
     assert not studio.person("t").exists()
 
 
@@ -225,12 +257,12 @@ def test_only_pictures_of_a_bearable_size_are_taken(studio, data, said):
 )
 def test_nonsense_is_refused_in_words(studio, nonsense):
     with pytest.raises(gr.Error):
-        handlers.bring(studio, "t", nonsense)
+        handlers.bring(studio, "t", "", nonsense)
 
 
 def test_a_picture_is_kept_under_a_name_that_leads_nowhere(studio):
     for name in ("../../../etc/passwd", "/abs/x", "CON", ".hidden", "a" * 400, "\0", "", "käfer <b>.png"):
-        path = Path(handlers.bring(studio, "t", {"uploads": [upload(drawn(), name)]})[0])
+        path = Path(handlers.bring(studio, "t", "", {"uploads": [upload(drawn(), name)]})[0])
         assert path.is_relative_to(studio.person("t") / "pictures")
         assert path.is_file()
 
@@ -238,7 +270,7 @@ def test_a_picture_is_kept_under_a_name_that_leads_nowhere(studio):
 def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, tiny_root, monkeypatch, capsys):
     token, *_ = handlers.arrive(studio, "")
     assert "No pictures yet" in album.open_set(studio, token)[-2]
-    shown = album.add(studio, token, {"uploads": [upload(drawn(size=SIZE, shift=k), f"cat {k}.png") for k in (0, 4)]})
+    shown = album.add(studio, token, "", {"uploads": [upload(drawn(size=SIZE, shift=k), f"cat {k}.png") for k in (0, 4)]})
     ids = shown[-1]["choices"]
     assert len(ids) == 2
     state = album.keep(studio, token, ids[0], sent(), "sketch", "a cat on grass", "a dog on grass", "")
@@ -269,7 +301,7 @@ def test_a_set_of_the_command_line_takes_no_pictures_from_the_page_and_no_foreig
     studio.experiment.cases = str(tmp_path / "set")
     assert album.open_set(studio, "t")[0] == "a"
     with pytest.raises(gr.Error, match="put pictures there"):
-        album.add(studio, "t", {"uploads": [upload(drawn())]})
+        album.add(studio, "t", "", {"uploads": [upload(drawn())]})
     for id in ("../../x", "b"):
         with pytest.raises(gr.Error, match="no picture of"):
             album.keep(studio, "t", id, sent(), "sketch", "a", "b", "")
