@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import threading
+import time
 import zipfile
 import zlib
 from dataclasses import fields as fields_of
@@ -10,16 +12,16 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
 from masafusion_lab import InputError, cli, config, phases, request
-from masafusion_lab.annotate import canvas_size, to_url
+from masafusion_lab.annotate import canvas_size, from_url, read_drawings, to_url
 from masafusion_lab.data.annotated import MANIFEST
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
+from masafusion_lab.runs import read_json
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.desk import Job
-from masafusion_lab.web.page import page
 from masafusion_lab.web.studio import Studio, brought
 from tests.edits import SIZE, Calls, drawn, sent, upload
 
@@ -136,9 +138,9 @@ def test_looking_at_attention_is_called_off_like_a_run_and_refused_if_another_mo
     assert studio.past(token)[0].result == past.result
 
 
-def test_two_people_do_not_see_each_others_runs(studio):
+def test_two_people_do_not_see_each_others_runs_and_hear_the_warnings_of_their_own(studio):
     one, picture, *_ = handlers.arrive(studio, "")
-    ran(studio, one, picture, sent(), "a cat", "a dog")
+    assert "not read: " in ran(studio, one, picture, sent(), "a cat", "a dog " * 60)[-1][0]
     other, *_, cards, chosen = handlers.arrive(studio, "")
     assert other != one
     assert "No runs yet" in cards
@@ -207,7 +209,7 @@ def test_region_and_sketch_come_from_the_picture_and_from_what_was_redrawn(studi
         handlers.compare(studio, picture, same, "canny")
     shown, said = handlers.see(studio, picture, redrawn, "48x32", 0)
     assert "latent cells" in said
-    assert shown.size[0] % SIZE[0] == 0
+    assert shown["value"].size[0] % SIZE[0] == 0
     assert "Nothing is painted" in handlers.see(studio, picture, sent(region=None), "48x32", 0)[1]
 
 
@@ -267,10 +269,11 @@ def test_a_picture_is_kept_under_a_name_that_leads_nowhere(studio):
         assert path.is_file()
 
 
-def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, tiny_root, monkeypatch, capsys):
+def test_a_set_is_annotated_and_goes_through_invert_and_bench(studio, tmp_path, tiny_root, monkeypatch, capsys):
     token, *_ = handlers.arrive(studio, "")
     assert "No pictures yet" in album.open_set(studio, token)[-2]
-    shown = album.add(studio, token, "", {"uploads": [upload(drawn(size=SIZE, shift=k), f"cat {k}.png") for k in (0, 4)]})
+    two = [upload(drawn(shift=k), f"cat {k}.png") for k in (0, 4)]
+    shown = album.add(studio, token, "", {"uploads": two})
     ids = shown[-1]["choices"]
     assert len(ids) == 2
     state = album.keep(studio, token, ids[0], sent(), "sketch", "a cat on grass", "a dog on grass", "")
@@ -285,12 +288,19 @@ def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, 
         ["id", "image", "mask", "sketch", "source", "target"],
         ["id", "image", "mask", "source", "target"],
     ]
-    words = f"cases={manifest} model.path={tiny_root} size=48x32 steps=2 method.hint_until=0 tracking.mode=off"
-    monkeypatch.setattr("sys.argv", ["masafusion", "edit", *words.split(), f"out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0, capsys.readouterr().err
-    assert len(list((tmp_path / "out").glob("*/result.json"))) == 2
+    words = f"model.path={tiny_root} size=48x32 steps=2 tracking.mode=off store={tmp_path / 'store'}".split()
+    rows = "bench.rows.ours=method.hint_until=0"
+    for command in (["invert", f"cases={manifest}"], ["bench", "bench.data=folder", f"bench.root={manifest}", rows]):
+        monkeypatch.setattr("sys.argv", ["masafusion", *command, *words, f"out={tmp_path / command[0]}"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        assert end.value.code == 0, said.err
+        if command[0] == "invert":
+            assert said.out.count(": inverted") == 2
+    results = [read_json(path) for path in (tmp_path / "bench").rglob("result.json")]
+    assert [(result["case"] in ids, result["from_store"]) for result in results] == [(True, True)] * 2
+    assert (tmp_path / "bench" / "table.md").is_file()
     with zipfile.ZipFile(album.download(studio, token)) as archive:
         assert f"set/{MANIFEST}" in archive.namelist()
 
@@ -311,3 +321,86 @@ def test_a_set_of_the_command_line_takes_no_pictures_from_the_page_and_no_foreig
 def test_the_lab_starts_only_on_what_it_can_work_with(tmp_path):
     with pytest.raises(InputError, match="annotates a folder"):
         Studio(config.load(words=[f"cases={tmp_path / 'm.csv'}"]), [], [], tmp_path)
+
+
+def test_what_is_only_looked_at_stays_as_it_was_in_a_set(studio, tmp_path):
+    (tmp_path / "set").mkdir()
+    drawn().save(tmp_path / "set" / "a.png")
+    row = {"id": "a", "image": "a.png", "source": "a cat", "target": "a dog", "box": [4, 4, 20, 20]}
+    manifest = tmp_path / "set" / MANIFEST
+    manifest.write_text(json.dumps(row) + "\n")
+    studio.experiment.cases = str(tmp_path / "set")
+    looked = {**sent(sketch=False), "touched": []}
+    album.keep(studio, "t", "a", looked, "sketch", "a cat", "a hat", "")
+    assert json.loads(manifest.read_text()) == {**row, "target": "a hat"}
+    album.keep(studio, "t", "a", {**sent(), "touched": ["sketch"]}, "canny", "a cat", "a hat", "")
+    assert set(json.loads(manifest.read_text())) == {*row, "canny"}
+    album.keep(studio, "t", "a", {**sent(), "touched": ["region"]}, "canny", "a cat", "a hat", "")
+    assert set(json.loads(manifest.read_text())) == {*row, "canny", "mask"} - {"box"}
+
+
+def test_a_layer_from_a_file_is_brought_to_polarity_and_size_and_that_is_told(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    negative = ImageOps.invert(drawn("L", size=(96, 64), outline=255))
+    *_, laid = (part for part in handlers.bring(studio, "t", picture, {"as": "sketch", "uploads": [upload(negative)]})
+                if isinstance(part, dict) and "put" in part)  # fmt: skip
+    assert "black lines on white: it is inverted" in laid["said"]
+    assert "what is drawn is 96x64, the picture 48x32" in laid["said"]
+    lines = from_url(laid["put"]["sketch"], canvas_size(*SIZE))
+    assert ImageStat.Stat(lines).mean[0] < 50
+    shown = album.add(studio, "t", picture, {"as": "region", "uploads": [upload(drawn("L", fill=255))]})
+    assert set(shown[2]["put"]) == {"region"}
+    assert shown[2]["said"] == ""
+    with pytest.raises(gr.Error, match="is not a picture"):
+        handlers.bring(studio, "t", picture, {"as": "pose", "uploads": [{"name": "x", "data": ",PGI+"}]})
+
+
+def test_a_pose_is_a_hint_where_the_model_has_its_adapter(studio, tmp_path):
+    skeleton = drawn(fill="red", outline="green").convert("RGB")
+    ImageDraw.floodfill(skeleton, (0, 0), (0, 0, 0))
+    skeleton.save(tmp_path / "pose.png")
+    studio.experiment.pose = str(tmp_path / "pose.png")
+    token, picture, drawing, *_ = handlers.arrive(studio, "")
+    drawings = {**sent(sketch=False), "pose": drawing["put"]["pose"]}
+    shown, kind, _, other = handlers.able(studio, "canny", "sketch")
+    assert shown["pose"]
+    assert (kind["choices"], kind["value"], other["value"]) == (["sketch"], "sketch", "sketch")
+    ran(studio, token, picture, drawings, "a cat", "a dog")
+    (past,) = studio.past(token)
+    assert "pose.png" in past.result["files"]
+    kept = Path(config.load([past.folder / "config.yaml"]).pose)
+    assert ImageChops.difference(Image.open(kept), skeleton).getbbox() is None
+    assert not config.load([past.folder / "config.yaml"]).sketch
+
+
+def test_a_method_finds_its_own_network(tiny_networks, tmp_path):
+    drawn().save(tmp_path / "cat.png")
+    words = f"image={tmp_path / 'cat.png'} model.path={tiny_networks} size=48x32 steps=2 tracking.mode=offline".split()
+    words += ["tracking.logger=csv", f"store={tmp_path / 'store'}", "source=a cat"]
+    studio = Studio(request.read(words, [], edits=False), words, [], tmp_path / "kept")
+    token, picture, *_ = handlers.arrive(studio, "")
+    for method, texts in (("masafusion_no_adapter", ("a cat", "a dog")), ("instruct_pix2pix", ("a cat", "", "a dog!"))):
+        news = ran(studio, token, picture, sent(sketch=False), *texts, method_name=method)
+        assert news[-1][3]["visible"], news[-1][0]
+    runs = studio.past(token)
+    assert [past.result["method"]["name"] for past in runs] == ["instruct_pix2pix", "masafusion_no_adapter"]
+    assert all(list(past.folder.rglob("metrics.csv")) for past in runs)  # recorded as configured
+    studio.desk.close()
+
+
+def test_whoever_waits_is_told_for_what(studio):
+    gate = threading.Event()
+    studio.desk.submit("", lambda job: gate.wait(10))
+    waiting = studio.desk.submit("a", lambda job: None)
+    last = studio.desk.submit("b", lambda job: None)
+    assert "loading the model" in views.progress(studio.desk, waiting)
+    assert "waiting: 1 run before yours" in views.progress(studio.desk, last)
+    job = Job("c", what="editing", done=5, total=20, began=time.monotonic() - 10)
+    assert "step 5 of 20 · about 30 s left" in views.progress(studio.desk, job)
+    gate.set()
+
+
+def test_no_kind_of_hint_leads_out_of_the_folder(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    with pytest.raises(InputError, match="is no hint of lines"):
+        read_drawings(sent(), Image.open(picture), "../../x")

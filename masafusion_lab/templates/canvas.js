@@ -5,7 +5,7 @@
 const LIMIT = 20e6, UNDOS = 30;
 const one = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
-const canvas = one("canvas"), view = canvas.getContext("2d"), slider = one("input[type=range]"), file = one("input.picture"), of = one("input.layer");
+const canvas = one("canvas"), view = canvas.getContext("2d"), slider = one("input[type=range]"), file = one(".picture input"), of = one(".layer input");
 const LAYERS = ["region", "sketch", "pose"], INK = { region: "#eb5e28", sketch: "#10233f" };
 const HINTS = {
   region: "Paint what shall change.",
@@ -18,7 +18,7 @@ let picture = null, layer = "region", tool = "brush", past = [], last = null, co
 
 const blank = () => Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
 const many = element.closest(".many") !== null;
-if (many) { file.multiple = true; one(".says").textContent = "Add pictures, or drop them here"; }
+if (many) { file.multiple = true; one(".picture span").textContent = "Add pictures, or drop them here"; }
 
 function tinted(name) {
   const copy = blank(), pen = copy.getContext("2d");
@@ -123,6 +123,7 @@ function choose(group, value) {
     else if (layer === "sketch" && tool === "box") choose("tool", "brush");
     slider.value = Math.round(sizes[layer] * 640);
     one(".hint").textContent = HINTS[layer];
+    one(".layer span").textContent = `${layer[0].toUpperCase()}${layer.slice(1)} from a file`;
     show();
   } else tool = value;
   all(`[data-${group}]`).forEach((each) => each.setAttribute("aria-pressed", each.dataset[group] === value));
@@ -185,7 +186,6 @@ one("[data-act=clear]").addEventListener("click", async () => {
   await put(layer);
   commit();
 });
-one("[data-act=load]").addEventListener("click", () => of.click());
 slider.addEventListener("input", () => { sizes[layer] = slider.value / 640; });
 element.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "z") { event.preventDefault(); undo(); }

@@ -126,11 +126,11 @@ def see(studio: Studio, picture: str, sent: Any, size: str, dilate: float) -> tu
         image = _open(picture)
         region = read_drawings(sent, image).get("mask")
         if region is None:
-            return None, views.part("said", "Nothing is painted yet: paint the region to edit.")
+            return gr.update(visible=False), views.part("said", "Nothing is painted yet: paint the region to edit.")
         shown, said = studio.see(image, region, size, int(dilate or 0))
     except InputError as error:
-        return None, views.part("said", str(error), "warn")
-    return shown, views.part("said", said)
+        return gr.update(visible=False), views.part("said", str(error), "warn")
+    return gr.update(value=shown, visible=True), views.part("said", said)
 
 
 def outline(studio: Studio, picture: str, how: str) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def _prompts(number: str = "") -> tuple[list[gr.Textbox], gr.HTML]:
 def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: gr.HTML) -> Annotator:
     """What helps to draw: the region as the model sees it, and what is drawn by itself."""
     with gr.Accordion("The region as the model sees it", open=True):
-        seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220)
+        seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220,
+                        visible=False)  # fmt: skip
         said = gr.HTML()
     ways = list(annotate.ways(studio.experiment.pidinet))
     with gr.Accordion("Let sketch and region be drawn", open=False):
@@ -212,7 +213,8 @@ def _viewer(studio: Studio, token: gr.BrowserState, *classes: str) -> list[Any]:
             ask = gr.Button("Word maps and interference", size="sm", min_width=200)
             stop = gr.Button("Cancel", size="sm", min_width=90, visible=False)
         status = gr.HTML()
-        figures = gr.Gallery(label="Attention", columns=1, format="png", buttons=[], visible=False)
+        figures = gr.Gallery(label="Attention", columns=1, format="png", buttons=[], visible=False,
+                             elem_classes=["figures"])  # fmt: skip
     view = [group, slider, gallery, facts, download, name, figures, status]
     ask.click(partial(handlers.attend, studio), [token, name], [ask, stop, *view], show_progress="hidden",
               concurrency_limit=None, api_visibility="private")  # fmt: skip
