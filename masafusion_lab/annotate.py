@@ -83,7 +83,7 @@ def over(drawing: Image.Image | None, picture: Image.Image) -> Image.Image:
         return Image.new("L", size)
     if drawing.size not in (picture.size, size):
         sizes = *drawing.size, *picture.size
-        log.warning("what is drawn is %dx%d, the picture %dx%d: it is brought to the picture's size", *sizes)
+        log.warning("what is drawn is %dx%d, the picture %dx%d; it is brought to the picture's size", *sizes)
     grows = drawing.width < size[0]
     return drawing.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
 

@@ -330,7 +330,9 @@ def test_what_is_only_looked_at_stays_as_it_was_in_a_set(studio, tmp_path):
     manifest = tmp_path / "set" / MANIFEST
     manifest.write_text(json.dumps(row) + "\n")
     studio.experiment.cases = str(tmp_path / "set")
-    looked = {**sent(sketch=False), "touched": []}
+    looked, before = {**sent(sketch=False), "touched": []}, manifest.read_text()
+    album.keep(studio, "t", "a", looked, "sketch", "a cat", "a dog", "")
+    assert manifest.read_text() == before
     album.keep(studio, "t", "a", looked, "sketch", "a cat", "a hat", "")
     assert json.loads(manifest.read_text()) == {**row, "target": "a hat"}
     album.keep(studio, "t", "a", {**sent(), "touched": ["sketch"]}, "canny", "a cat", "a hat", "")
@@ -344,8 +346,10 @@ def test_a_layer_from_a_file_is_brought_to_polarity_and_size_and_that_is_told(st
     negative = ImageOps.invert(drawn("L", size=(96, 64), outline=255))
     *_, laid = (part for part in handlers.bring(studio, "t", picture, {"as": "sketch", "uploads": [upload(negative)]})
                 if isinstance(part, dict) and "put" in part)  # fmt: skip
-    assert "black lines on white: it is inverted" in laid["said"]
-    assert "what is drawn is 96x64, the picture 48x32" in laid["said"]
+    assert laid["said"] == (
+        "the sketch is mostly white, so black lines on white: it is inverted. "
+        "what is drawn is 96x64, the picture 48x32; it is brought to the picture's size"
+    )
     lines = from_url(laid["put"]["sketch"], canvas_size(*SIZE))
     assert ImageStat.Stat(lines).mean[0] < 50
     shown = album.add(studio, "t", picture, {"as": "region", "uploads": [upload(drawn("L", fill=255))]})

@@ -13,7 +13,8 @@ TEXT = "document.querySelector('.gradio-container').innerText"
 CANVAS = ".draw canvas"
 NEGATIVE = """(async () => {  // a sketch in black on white, brought in as a file
   document.querySelector('.many [data-layer=sketch]').click();
-  const canvas = Object.assign(document.createElement('canvas'), { width: 96, height: 64 }), pen = canvas.getContext('2d');
+  const canvas = Object.assign(document.createElement('canvas'), { width: 96, height: 64 });
+  const pen = canvas.getContext('2d');
   pen.fillStyle = '#fff';
   pen.fillRect(0, 0, 96, 64);
   pen.strokeRect(20, 20, 40, 30);

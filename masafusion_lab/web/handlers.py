@@ -49,8 +49,8 @@ def arrive(studio: Studio, token: str) -> tuple[Any, ...]:
     studio.load()
     token = token if isinstance(token, str) and token else new_token()
     experiment = studio.experiment if studio.experiment.image else request.read([], [])
-    (case,) = request.cases_of(replace(experiment, cases=""))
-    with noticed() as said:
+    with told(), noticed() as said:
+        (case,) = request.cases_of(replace(experiment, cases=""))
         picture, drawings = opened(case)
     path = keep_picture(studio.person(token) / "pictures", case.id, picture)
     texts = case.source, case.target, case.instruction
@@ -96,7 +96,8 @@ def lay(picture: str, sent: Any) -> dict[str, Any]:
     with told(), noticed() as said:
         _, drawing = brought((uploads(sent) or [None])[0], lambda file: read_layer(file, layer))
         laid = over(drawing, _open(picture))
-    return views.drawing(None, {"mask" if layer == "region" else layer: laid}, said)
+    unnamed = [text.split(": ", 1)[-1] for text in said]
+    return views.drawing(None, {"mask" if layer == "region" else layer: laid}, unnamed)
 
 
 def meant(sent: Any) -> str:
@@ -115,9 +116,8 @@ def difference(studio: Studio, source: str, target: str) -> str:
     """Which tokens change, and what of the prompts the model does not read."""
     with told():
         before, after = studio.pieces(source, target)
-        return views.part(
-            "difference", before, after, " … ".join(filter(None, map(studio.model.cut, (source, target))))
-        )
+        lost = filter(None, map(studio.model.cut, (source, target)))
+        return views.part("difference", before, after, " … ".join(lost))
 
 
 def see(studio: Studio, picture: str, sent: Any, size: str, dilate: float) -> tuple[Any, str]:
@@ -217,11 +217,12 @@ def ended(job: Job) -> str:
         return views.part("notices", job.warnings)
     if isinstance(error, Cancelled):
         return views.part("said", "Cancelled.", "soft stopped")
+    said = str(error)
     if not isinstance(error, InputError | ArithmeticError):
-        where = getattr(error, "log", "what the lab has said where it was started")
-        log.error("%s: %s", type(error).__name__, error, exc_info=None if hasattr(error, "log") else error)
-        error = f"{type(error).__name__}: {error}; see {where}"
-    return views.part("said", str(error), "warn")
+        where = getattr(error, "log", "what the lab says where it was started")
+        said = f"{type(error).__name__}: {said}; see {where}"
+        log.error("%s", said, exc_info=None if hasattr(error, "log") else error)
+    return views.part("said", said, "warn")
 
 
 def _status(said: str, *, running: bool) -> tuple[Any, ...]:

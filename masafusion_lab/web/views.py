@@ -37,7 +37,7 @@ def drawing(
     """
     put = {layer_of(column): each and to_url(each) for column, each in drawings.items()}
     stamp = secrets.token_hex(4)  # the page heeds only what has changed
-    sent: dict[str, Any] = {"put": put, "said": " ".join(said), "stamp": stamp, **more}
+    sent: dict[str, Any] = {"put": put, "said": ". ".join(said), "stamp": stamp, **more}
     if picture is not None:
         full = picture.resize(canvas_size(*picture.size), Image.Resampling.LANCZOS)
         sent |= {"picture": to_url(full), "put": dict.fromkeys(LAYERS) | put}
