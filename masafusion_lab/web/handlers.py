@@ -63,14 +63,12 @@ def kind_of(drawings: Mapping[str, Any]) -> str:
     return next((kind for kind in LINES if kind in drawings), LINES[0])
 
 
-def able(studio: Studio, kind: str, other: str) -> tuple[Any, ...]:
-    """What the model can be shown, now that it is loaded: the kinds that a sketch may be, and whether poses; twice."""
+def able(studio: Studio, kind: str) -> tuple[Any, ...]:
+    """What the model can be shown, once it is loaded: the kinds that the sketch may be, beside its own, and poses."""
     with told():
-        kinds = list(studio.model.adapters)
-    lines = [each for each in LINES if each in kinds] or list(LINES)  # which is refused in words where it is needed
+        kinds = {*studio.model.adapters, kind}
     drawing = views.drawing(None, {}, pose="pose" in kinds)
-    chosen = [gr.update(choices=lines, value=now if now in lines else lines[0]) for now in (kind, other)]
-    return drawing, chosen[0], drawing, chosen[1]
+    return gr.update(choices=[each for each in LINES if each in kinds]), drawing, drawing
 
 
 def history(studio: Studio, token: str) -> tuple[str, Any]:

@@ -88,9 +88,8 @@ def page(studio: Studio) -> gr.Blocks:
         arrival = demo.load(partial(handlers.arrive, studio), token, arrived, show_progress="hidden", api_name="arrive")
         arrival.then(partial(handlers.follow, studio), token, shown, show_progress="hidden", concurrency_limit=None,
                      api_name="follow")  # fmt: skip
-        arrival.then(partial(handlers.able, studio), [edit.kind, many.kind],
-                     [edit.canvas, edit.kind, many.canvas, many.kind], show_progress="hidden",
-                     api_visibility="private")  # fmt: skip
+        arrival.then(partial(handlers.able, studio), edit.kind, [edit.kind, edit.canvas, many],
+                     show_progress="hidden", api_visibility="private")  # fmt: skip
         edit.canvas.upload(partial(handlers.bring, studio), [token, picture, edit.canvas],
                            [picture, edit.canvas, *edit.texts], show_progress="hidden", api_name="bring")  # fmt: skip
         asked = [token, picture, edit.canvas, edit.kind, *edit.texts, *inputs]
@@ -130,7 +129,7 @@ def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: 
     with gr.Accordion("The region as the model sees it", open=True):
         seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220,
                         visible=False)  # fmt: skip
-        said = gr.HTML()
+        said = gr.HTML(views.part("said", "It is shown when one is painted and the model is loaded."))
     ways = list(annotate.ways(studio.experiment.pidinet))
     with gr.Accordion("Let sketch and region be drawn", open=False):
         how = gr.Radio(ways, value=ways[0], label="How the sketch is drawn", visible=len(ways) > 1)
@@ -223,8 +222,8 @@ def _viewer(studio: Studio, token: gr.BrowserState, *classes: str) -> list[Any]:
     return view
 
 
-def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> Annotator:
-    """The pictures of a set one after another."""
+def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> gr.HTML:
+    """The pictures of a set one after another; where they are drawn upon."""
     picture, id = gr.State(""), gr.Textbox(visible=False)
     state = gr.HTML()
     with gr.Row(equal_height=True):
@@ -252,4 +251,4 @@ def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> Annotator:
     for event in (parts.canvas.input, *(text.input for text in parts.texts), parts.kind.input):
         event(partial(album.keep, studio), [token, *said], state, **QUIET, api_name="keep")
     zip_.click(partial(album.download, studio), token, zip_, api_visibility="private")
-    return parts
+    return canvas
