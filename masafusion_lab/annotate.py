@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import io
+import logging
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from masafusion_lab import InputError, hints
-from masafusion_lab.data.case import Case
+from masafusion_lab.data.case import Case, Picture
 from masafusion_lab.data.pictures import LINES, open_hint, open_mask, open_picture, prepare
 from masafusion_lab.picturebook.judge import MODEL
 from masafusion_lab.picturebook.sketcher import Sketcher
+
+log = logging.getLogger(__name__)
 
 SMALL, LARGE = 640, 1024
 """Pixels of the long side that is drawn upon: a smaller picture is magnified, a larger one reduced."""
@@ -29,6 +32,9 @@ LARGEST = 8_000_000
 
 SKETCHER = MODEL / "judge" / "sketcher"
 """The folder of the network that draws a picture-book picture's outlines."""
+
+LAYERS = ("region", "sketch", "pose")
+"""What is drawn over a picture; a pose, in openpose's colours, comes from a file."""
 
 PNG = "data:image/png;base64,"
 TINTS = {"edited": (235, 94, 40), "grazed": (245, 190, 60)}
@@ -51,8 +57,8 @@ def to_url(image: Image.Image) -> str:
     return PNG + base64.b64encode(file.getvalue()).decode()
 
 
-def from_url(url: Any, size: tuple[int, int]) -> Image.Image | None:
-    """The drawing, white on black, mode L, of a data: URL; None if nothing is drawn, or there is no URL.
+def from_url(url: Any, size: tuple[int, int], *, colours: bool = False) -> Image.Image | None:
+    """The drawing on black, mode L or RGB, of a data: URL; None if nothing is drawn, or there is no URL.
 
     Raises InputError for anything but a PNG of that size.
     """
@@ -64,10 +70,10 @@ def from_url(url: Any, size: tuple[int, int]) -> Image.Image | None:
         drawing = Image.open(io.BytesIO(base64.b64decode(url.removeprefix(PNG), validate=True)), formats=["PNG"])
         if drawing.size != size:
             raise ValueError
-        mask = open_mask(drawing)
+        drawn = open_picture(drawing) if colours else open_mask(drawing)
     except Exception:  # Pillow raises anything for a damaged file
         raise InputError(f"the drawing is not a PNG of {size[0]}x{size[1]}; load the page again") from None
-    return mask if mask.getbbox() else None
+    return drawn if drawn.getbbox() else None
 
 
 def over(drawing: Image.Image | None, picture: Image.Image) -> Image.Image:
@@ -75,8 +81,11 @@ def over(drawing: Image.Image | None, picture: Image.Image) -> Image.Image:
     size = canvas_size(*picture.size)
     if drawing is None:
         return Image.new("L", size)
+    if drawing.size not in (picture.size, size):
+        sizes = *drawing.size, *picture.size
+        log.warning("what is drawn is %dx%d, the picture %dx%d; it is brought to the picture's size", *sizes)
     grows = drawing.width < size[0]
-    return drawing.convert("L").resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
+    return drawing.resize(size, Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
 
 
 def reduced(drawing: Image.Image, picture: Image.Image) -> Image.Image:
@@ -155,9 +164,13 @@ def pieces(tokenizer: Any, source: str, target: str) -> tuple[list[tuple[str, bo
 
 
 def opened(case: Case) -> tuple[Image.Image, dict[str, Image.Image]]:
-    """The picture of a case, and what is drawn over it (mask, and hints of lines by kind) at the size to draw upon."""
+    """The picture of a case, and what is drawn over it (mask, one hint of lines, pose) at the size to draw upon."""
     picture = open_picture(case.image)
-    drawings = {kind: over(open_hint(case.hints[kind], kind), picture) for kind in LINES if kind in case.hints}
+    lines = [kind for kind in LINES if kind in case.hints]
+    if len(lines) > 1:
+        log.warning("of %s the first is shown, and used", " and ".join(lines))
+    kinds = [*lines[:1], *(kind for kind in case.hints if kind not in LINES)]
+    drawings = {kind: over(open_hint(case.hints[kind], kind), picture) for kind in kinds}
     if isinstance(case.mask, tuple):
         drawings["mask"] = Image.new("L", canvas_size(*picture.size))
         sides = picture.size * 2 if max(case.mask) > 1 else (1, 1) * 2
@@ -168,13 +181,28 @@ def opened(case: Case) -> tuple[Image.Image, dict[str, Image.Image]]:
     return picture, drawings
 
 
-def read_drawings(sent: Any, picture: Image.Image, kind: str) -> dict[str, Image.Image | None]:
-    """The drawings, by column, that a page has sent as {"region": URL, "sketch": URL}; none if it sent none.
+def read_drawings(sent: Any, picture: Image.Image, kind: str = "sketch") -> dict[str, Image.Image | None]:
+    """The drawings, by column, that a page has sent as {LAYER: URL}, see `LAYERS`; none if it sent none.
 
-    A sketch comes out at the picture's own size, if that was magnified. Raises InputError.
+    `kind`: of hint that the sketch is. Hints come out at the picture's own size, if that was magnified. Raises
+    InputError.
     """
+    if kind not in LINES:
+        raise InputError(f"{kind}: is no hint of lines, which are {', '.join(LINES)}")
     if not isinstance(sent, Mapping) or not {"region", "sketch"} <= set(sent):
         return {}
     size = canvas_size(*picture.size)
-    region, sketch = (from_url(sent[name], size) for name in ("region", "sketch"))
-    return {"mask": region, kind: sketch and reduced(sketch, picture)}
+    drawn = {layer: from_url(sent[layer], size, colours=layer == "pose") for layer in LAYERS if layer in sent}
+    hints = {kind if layer == "sketch" else layer: drawing and reduced(drawing, picture)
+             for layer, drawing in drawn.items() if layer != "region"}  # fmt: skip
+    return {"mask": drawn["region"]} | hints
+
+
+def layer_of(column: str) -> str:
+    """The layer that a drawing is of, by its column in a manifest."""
+    return {"mask": "region", "canny": "sketch"}.get(column, column)
+
+
+def read_layer(file: Picture, layer: str) -> Image.Image:
+    """What a file shows of a layer, on black; of lines on white their inverse, with a warning. Raises InputError."""
+    return open_mask(file) if layer == "region" else open_hint(file, layer)

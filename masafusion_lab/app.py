@@ -19,6 +19,19 @@ FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans
 MONO = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
 
 
+def theme() -> gr.themes.Base:
+    """One accent, on which white can be read, and grey text that can be."""
+    base = gr.themes.Base(primary_hue="orange", neutral_hue="gray", font=FONT, font_mono=MONO, radius_size="sm")
+    return base.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_text_color="white",
+        color_accent="*primary_700",
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+    )
+
+
 def serve(studio: Studio, *, host: str, port: int | None, told: Callable[[str], None]) -> None:
     """Serve the lab until a signal ends it; `told` hears its address. Raises InputError, and Interrupted at the end."""
     launched = launch(studio, host=host, port=port)
@@ -58,7 +71,7 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None) 
             run_history=False,
             footer_links=[],
             css_paths=TEMPLATES / "app.css",
-            theme=gr.themes.Base(primary_hue="orange", neutral_hue="gray", font=FONT, font_mono=MONO, radius_size="sm"),
+            theme=theme(),
             app_kwargs={"middleware": [Middleware(Gate, served=studio.served)]},
         )
     except OSError as error:

@@ -20,7 +20,7 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.editor import Edited, Item
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, picture, report, strip
-from masafusion_lab.runs import begin_case, finish_case, write_picture
+from masafusion_lab.runs import begin_case, finish_case, is_done, write_picture
 from masafusion_lab.tracking import log_curves, log_pictures, log_table
 from masafusion_lab.watch import Watch, Watching
 
@@ -61,7 +61,12 @@ class Results(L.Callback):
             self.write(self.jobs[item.id], item, edited)
 
     def write(self, job: Job, item: Item, edited: Edited) -> None:
-        """Write one case. Raises InputError if the disk is full; result.json is then not there."""
+        """Write one case, but one that is there, whole, which another callback has had edited again to see more.
+
+        Raises InputError if the disk is full; result.json is then not there.
+        """
+        if is_done(job.folder, job.key):
+            return
         panels = shown(item, edited)
         pictures = {**panels, "strip": strip(panels)}
         if job.original != pictures["target"].size:

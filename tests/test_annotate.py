@@ -90,7 +90,10 @@ def test_a_sketch_is_drawn_in_every_way_whose_weights_are_there(tmp_path, monkey
     picture = drawn(size=(128, 96))
     monkeypatch.setattr(annotate, "SKETCHER", tmp_path / "sketcher")
     assert list(annotate.ways("")) == ["canny"]
-    assert list(annotate.ways("table5_pidinet.pth")) == ["pidinet", "canny"]
+    given = annotate.ways("table5_pidinet.pth")
+    assert list(given) == ["pidinet", "canny"]
+    with pytest.raises(InputError, match=r"table5_pidinet\.pth"):
+        given["pidinet"](picture)  # which is not there
     torch.manual_seed(0)
     keep(Sketcher(width=8), tmp_path / "sketcher")
     assert list(annotate.ways("")) == ["outlines", "canny"]

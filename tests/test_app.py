@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import json
+import threading
+import time
 import zipfile
 import zlib
 from dataclasses import fields as fields_of
@@ -10,19 +12,29 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
 from masafusion_lab import InputError, cli, config, phases, request
-from masafusion_lab.annotate import canvas_size, to_url
+from masafusion_lab.annotate import canvas_size, from_url, read_drawings, to_url
 from masafusion_lab.data.annotated import MANIFEST
+from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
+from masafusion_lab.runs import read_json
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.desk import Job
-from masafusion_lab.web.page import page
 from masafusion_lab.web.studio import Studio, brought
-from tests.edits import SIZE, drawn, sent, upload
+from tests.edits import SIZE, Calls, drawn, sent, upload
 
 EVIL = '<img src=x onerror=alert(1)>"${1}{{2}}'
+
+
+def heard(asynchronous):
+    """All that comes of it."""
+
+    async def all_of_it():
+        return [news async for news in asynchronous]
+
+    return asyncio.run(all_of_it())
 
 
 def ran(studio, token, picture, drawing, *texts, **changes):
@@ -30,11 +42,8 @@ def ran(studio, token, picture, drawing, *texts, **changes):
     fields = list(form.fields(studio.experiment))
     values = [changes.get(field.key.name.replace(".", "_"), field.value) for field in fields]
 
-    async def all_of_it():
-        said = (*texts, *[""] * (3 - len(texts)))
-        return [news async for news in handlers.run(studio, fields, token, picture, drawing, "sketch", *said, *values)]
-
-    return asyncio.run(all_of_it())
+    said = (*texts, *[""] * (3 - len(texts)))
+    return heard(handlers.run(studio, fields, token, picture, drawing, "sketch", *said, *values))
 
 
 def test_who_comes_finds_the_picture_that_the_lab_was_started_with_ready_to_run(studio):
@@ -53,7 +62,7 @@ def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_s
 ):
     token, picture, *_ = handlers.arrive(studio, "")
     news = ran(studio, token, picture, sent(), "a cat on grass", "a red dog on grass")
-    *_, facts, download, cards, chosen = news[-1]
+    *_, facts, download, name, figures, _, cards, chosen = news[-1]
     (past,) = studio.past(token)
     assert past.state["state"] == "done"
     assert past.result["case"] == "cat"
@@ -65,7 +74,8 @@ def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_s
     assert {path.name for path in folder.iterdir()} <= {path.name for path in past.folder.iterdir()}
     assert "reconstruction" in facts
     assert past.folder.name in cards
-    assert chosen["value"] == past.folder.name
+    assert chosen["value"] == name == past.folder.name
+    assert not figures["visible"]
     with zipfile.ZipFile(download["value"]) as archive:
         assert f"{past.folder.name}/target.png" in archive.namelist()
 
@@ -93,20 +103,44 @@ def test_null_text_inversion_tells_how_far_it_is(studio, monkeypatch):
     assert [done for what, done, total in said if (what, total) == ("null-text inversion", 6)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_else_can_be_made_of_a_run_is_made_when_it_is_asked_for(studio, monkeypatch):
+def test_the_attention_of_a_run_is_looked_at_when_that_is_asked_for_and_changes_nothing_else_of_it(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    ran(studio, token, picture, sent(), "a cat", "a red dog")
+    folder = studio.past(token)[0].folder
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    news = heard(handlers.attend(studio, token, folder.name))
+    assert "<progress" in news[0][-1]
+    *_, download, name, figures, said = news[-1]
+    assert said.strip() == ""
+    assert (name, len(figures["value"])) == (folder.name, 3)
+    assert Attention.load(folder / "maps.safetensors").words().word("red dog").name == "red dog"
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()}
+    assert before.items() <= after.items()
+    with zipfile.ZipFile(download["value"]) as archive:
+        assert f"{folder.name}/attention.html" in archive.namelist()
+    calls = Calls(studio.model)
+    assert heard(handlers.attend(studio, token, folder.name))[-1][-2]["visible"]  # there already
+    assert calls.count == 0
+    assert "is no finished run" in heard(handlers.attend(studio, "another", folder.name))[-1][-1]
+
+
+def test_looking_at_attention_is_called_off_like_a_run_and_refused_if_another_model_made_it(studio, monkeypatch):
     token, picture, *_ = handlers.arrive(studio, "")
     ran(studio, token, picture, sent(), "a cat", "a dog")
-    name = studio.past(token)[0].folder.name
-    monkeypatch.setitem(handlers.MORE, "size", lambda model, folder: [(Image.open(folder / "target.png"), "target")])
-    page(studio)
-    ((shown, caption),) = handlers.closer(studio, token, name, "size")
-    assert (shown.size, caption) == (SIZE, "target")
-    assert handlers.closer(studio, "another", name, "size") == []
+    past = studio.past(token)[0]
+    step = studio.model.unet.register_forward_pre_hook(lambda *_: handlers.cancel(studio, token))
+    assert "Cancelled" in heard(handlers.attend(studio, token, past.folder.name))[-1][-1]
+    step.remove()
+    assert (studio.past(token)[0].state, studio.past(token)[0].result) == (past.state, past.result)
+    assert not (past.folder / "attention.html").exists()
+    monkeypatch.setattr(studio.model, "digest", lambda parts=(): "another")
+    assert "another model" in heard(handlers.attend(studio, token, past.folder.name))[-1][-1]
+    assert studio.past(token)[0].result == past.result
 
 
-def test_two_people_do_not_see_each_others_runs(studio):
+def test_two_people_do_not_see_each_others_runs_and_hear_the_warnings_of_their_own(studio):
     one, picture, *_ = handlers.arrive(studio, "")
-    ran(studio, one, picture, sent(), "a cat", "a dog")
+    assert "not read: " in ran(studio, one, picture, sent(), "a cat", "a dog " * 60)[-1][0]
     other, *_, cards, chosen = handlers.arrive(studio, "")
     assert other != one
     assert "No runs yet" in cards
@@ -175,7 +209,7 @@ def test_region_and_sketch_come_from_the_picture_and_from_what_was_redrawn(studi
         handlers.compare(studio, picture, same, "canny")
     shown, said = handlers.see(studio, picture, redrawn, "48x32", 0)
     assert "latent cells" in said
-    assert shown.size[0] % SIZE[0] == 0
+    assert shown["value"].size[0] % SIZE[0] == 0
     assert "Nothing is painted" in handlers.see(studio, picture, sent(region=None), "48x32", 0)[1]
 
 
@@ -216,7 +250,7 @@ def test_only_pictures_of_a_bearable_size_are_taken(studio, data, said):
         brought({"name": "../../etc/cat.png", "data": "data:image/png;base64," + base64.b64encode(data).decode()})
     assert str(error.value).startswith("cat.png: ")
     with pytest.raises(gr.Error):
-        handlers.bring(studio, "t", {"uploads": [{"name": "x", "data": "," + base64.b64encode(data).decode()}]})
+        handlers.bring(studio, "t", "", {"uploads": [{"name": "x", "data": "," + base64.b64encode(data).decode()}]})
     assert not studio.person("t").exists()
 
 
@@ -225,20 +259,21 @@ def test_only_pictures_of_a_bearable_size_are_taken(studio, data, said):
 )
 def test_nonsense_is_refused_in_words(studio, nonsense):
     with pytest.raises(gr.Error):
-        handlers.bring(studio, "t", nonsense)
+        handlers.bring(studio, "t", "", nonsense)
 
 
 def test_a_picture_is_kept_under_a_name_that_leads_nowhere(studio):
     for name in ("../../../etc/passwd", "/abs/x", "CON", ".hidden", "a" * 400, "\0", "", "käfer <b>.png"):
-        path = Path(handlers.bring(studio, "t", {"uploads": [upload(drawn(), name)]})[0])
+        path = Path(handlers.bring(studio, "t", "", {"uploads": [upload(drawn(), name)]})[0])
         assert path.is_relative_to(studio.person("t") / "pictures")
         assert path.is_file()
 
 
-def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, tiny_root, monkeypatch, capsys):
+def test_a_set_is_annotated_and_goes_through_invert_and_bench(studio, tmp_path, tiny_root, monkeypatch, capsys):
     token, *_ = handlers.arrive(studio, "")
     assert "No pictures yet" in album.open_set(studio, token)[-2]
-    shown = album.add(studio, token, {"uploads": [upload(drawn(size=SIZE, shift=k), f"cat {k}.png") for k in (0, 4)]})
+    two = [upload(drawn(shift=k), f"cat {k}.png") for k in (0, 4)]
+    shown = album.add(studio, token, "", {"uploads": two})
     ids = shown[-1]["choices"]
     assert len(ids) == 2
     state = album.keep(studio, token, ids[0], sent(), "sketch", "a cat on grass", "a dog on grass", "")
@@ -253,12 +288,19 @@ def test_a_set_is_annotated_and_goes_through_the_command_line(studio, tmp_path, 
         ["id", "image", "mask", "sketch", "source", "target"],
         ["id", "image", "mask", "source", "target"],
     ]
-    words = f"cases={manifest} model.path={tiny_root} size=48x32 steps=2 method.hint_until=0 tracking.mode=off"
-    monkeypatch.setattr("sys.argv", ["masafusion", "edit", *words.split(), f"out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0, capsys.readouterr().err
-    assert len(list((tmp_path / "out").glob("*/result.json"))) == 2
+    words = f"model.path={tiny_root} size=48x32 steps=2 tracking.mode=off store={tmp_path / 'store'}".split()
+    rows = "bench.rows.ours=method.hint_until=0"
+    for command in (["invert", f"cases={manifest}"], ["bench", "bench.data=folder", f"bench.root={manifest}", rows]):
+        monkeypatch.setattr("sys.argv", ["masafusion", *command, *words, f"out={tmp_path / command[0]}"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        said = capsys.readouterr()
+        assert end.value.code == 0, said.err
+        if command[0] == "invert":
+            assert said.out.count(": inverted") == 2
+    results = [read_json(path) for path in (tmp_path / "bench").rglob("result.json")]
+    assert [(result["case"] in ids, result["from_store"]) for result in results] == [(True, True)] * 2
+    assert (tmp_path / "bench" / "table.md").is_file()
     with zipfile.ZipFile(album.download(studio, token)) as archive:
         assert f"set/{MANIFEST}" in archive.namelist()
 
@@ -269,7 +311,7 @@ def test_a_set_of_the_command_line_takes_no_pictures_from_the_page_and_no_foreig
     studio.experiment.cases = str(tmp_path / "set")
     assert album.open_set(studio, "t")[0] == "a"
     with pytest.raises(gr.Error, match="put pictures there"):
-        album.add(studio, "t", {"uploads": [upload(drawn())]})
+        album.add(studio, "t", "", {"uploads": [upload(drawn())]})
     for id in ("../../x", "b"):
         with pytest.raises(gr.Error, match="no picture of"):
             album.keep(studio, "t", id, sent(), "sketch", "a", "b", "")
@@ -279,3 +321,91 @@ def test_a_set_of_the_command_line_takes_no_pictures_from_the_page_and_no_foreig
 def test_the_lab_starts_only_on_what_it_can_work_with(tmp_path):
     with pytest.raises(InputError, match="annotates a folder"):
         Studio(config.load(words=[f"cases={tmp_path / 'm.csv'}"]), [], [], tmp_path)
+
+
+def test_what_is_only_looked_at_stays_as_it_was_in_a_set(studio, tmp_path):
+    (tmp_path / "set").mkdir()
+    drawn().save(tmp_path / "set" / "a.png")
+    row = {"id": "a", "image": "a.png", "source": "a cat", "target": "a dog", "box": [4, 4, 20, 20]}
+    manifest = tmp_path / "set" / MANIFEST
+    manifest.write_text(json.dumps(row) + "\n")
+    studio.experiment.cases = str(tmp_path / "set")
+    looked, before = {**sent(sketch=False), "touched": []}, manifest.read_text()
+    album.keep(studio, "t", "a", looked, "sketch", "a cat", "a dog", "")
+    assert manifest.read_text() == before
+    album.keep(studio, "t", "a", looked, "sketch", "a cat", "a hat", "")
+    assert json.loads(manifest.read_text()) == {**row, "target": "a hat"}
+    album.keep(studio, "t", "a", {**sent(), "touched": ["sketch"]}, "canny", "a cat", "a hat", "")
+    assert set(json.loads(manifest.read_text())) == {*row, "canny"}
+    album.keep(studio, "t", "a", {**sent(), "touched": ["region"]}, "canny", "a cat", "a hat", "")
+    assert set(json.loads(manifest.read_text())) == {*row, "canny", "mask"} - {"box"}
+
+
+def test_a_layer_from_a_file_is_brought_to_polarity_and_size_and_that_is_told(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    negative = ImageOps.invert(drawn("L", size=(96, 64), outline=255))
+    *_, laid = (part for part in handlers.bring(studio, "t", picture, {"as": "sketch", "uploads": [upload(negative)]})
+                if isinstance(part, dict) and "put" in part)  # fmt: skip
+    assert laid["said"] == (
+        "the sketch is mostly white, so black lines on white: it is inverted. "
+        "what is drawn is 96x64, the picture 48x32; it is brought to the picture's size"
+    )
+    lines = from_url(laid["put"]["sketch"], canvas_size(*SIZE))
+    assert ImageStat.Stat(lines).mean[0] < 50
+    shown = album.add(studio, "t", picture, {"as": "region", "uploads": [upload(drawn("L", fill=255))]})
+    assert set(shown[2]["put"]) == {"region"}
+    assert shown[2]["said"] == ""
+    with pytest.raises(gr.Error, match="is not a picture"):
+        handlers.bring(studio, "t", picture, {"as": "pose", "uploads": [{"name": "x", "data": ",PGI+"}]})
+
+
+def test_a_pose_is_a_hint_where_the_model_has_its_adapter(studio, tmp_path):
+    skeleton = drawn(fill="red", outline="green").convert("RGB")
+    ImageDraw.floodfill(skeleton, (0, 0), (0, 0, 0))
+    skeleton.save(tmp_path / "pose.png")
+    studio.experiment.pose = str(tmp_path / "pose.png")
+    token, picture, drawing, *_ = handlers.arrive(studio, "")
+    drawings = {**sent(sketch=False), "pose": drawing["put"]["pose"]}
+    kinds, shown, _ = handlers.able(studio, "sketch")
+    assert shown["pose"]
+    assert kinds["choices"] == ["sketch"]
+    assert handlers.able(studio, "canny")[0]["choices"] == ["sketch", "canny"]  # refused in words where it is run
+    ran(studio, token, picture, drawings, "a cat", "a dog")
+    (past,) = studio.past(token)
+    assert "pose.png" in past.result["files"]
+    kept = Path(config.load([past.folder / "config.yaml"]).pose)
+    assert ImageChops.difference(Image.open(kept), skeleton).getbbox() is None
+    assert not config.load([past.folder / "config.yaml"]).sketch
+
+
+def test_a_method_finds_its_own_network(tiny_networks, tmp_path):
+    drawn().save(tmp_path / "cat.png")
+    words = f"image={tmp_path / 'cat.png'} model.path={tiny_networks} size=48x32 steps=2 tracking.mode=offline".split()
+    words += ["tracking.logger=csv", f"store={tmp_path / 'store'}", "source=a cat"]
+    studio = Studio(request.read(words, [], edits=False), words, [], tmp_path / "kept")
+    token, picture, *_ = handlers.arrive(studio, "")
+    for method, texts in (("masafusion_no_adapter", ("a cat", "a dog")), ("instruct_pix2pix", ("a cat", "", "a dog!"))):
+        news = ran(studio, token, picture, sent(sketch=False), *texts, method_name=method)
+        assert news[-1][3]["visible"], news[-1][0]
+    runs = studio.past(token)
+    assert [past.result["method"]["name"] for past in runs] == ["instruct_pix2pix", "masafusion_no_adapter"]
+    assert all(list(past.folder.rglob("metrics.csv")) for past in runs)  # recorded as configured
+    studio.desk.close()
+
+
+def test_whoever_waits_is_told_for_what(studio):
+    gate = threading.Event()
+    studio.desk.submit("", lambda job: gate.wait(10))
+    waiting = studio.desk.submit("a", lambda job: None)
+    last = studio.desk.submit("b", lambda job: None)
+    assert "loading the model" in views.progress(studio.desk, waiting)
+    assert "waiting: 1 run before yours" in views.progress(studio.desk, last)
+    job = Job("c", what="editing", done=5, total=20, began=time.monotonic() - 10)
+    assert "step 5 of 20 · about 30 s left" in views.progress(studio.desk, job)
+    gate.set()
+
+
+def test_no_kind_of_hint_leads_out_of_the_folder(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    with pytest.raises(InputError, match="is no hint of lines"):
+        read_drawings(sent(), Image.open(picture), "../../x")

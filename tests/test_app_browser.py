@@ -1,5 +1,6 @@
 """The annotation lab in Chromium, as a person uses it, at two widths."""
 
+import json
 import threading
 
 import pytest
@@ -10,6 +11,18 @@ from tests.browser import CHROMIUM, browser
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium")]
 TEXT = "document.querySelector('.gradio-container').innerText"
 CANVAS = ".draw canvas"
+NEGATIVE = """(async () => {  // a sketch in black on white, brought in as a file
+  document.querySelector('.many [data-layer=sketch]').click();
+  const canvas = Object.assign(document.createElement('canvas'), { width: 96, height: 64 });
+  const pen = canvas.getContext('2d');
+  pen.fillStyle = '#fff';
+  pen.fillRect(0, 0, 96, 64);
+  pen.strokeRect(20, 20, 40, 30);
+  const files = new DataTransfer(), input = document.querySelector('.many .layer input');
+  files.items.add(new File([await new Promise((done) => canvas.toBlob(done))], 'sketch.png', { type: 'image/png' }));
+  input.files = files.files;
+  input.dispatchEvent(new Event('change'));
+})()"""
 SENT = "document.querySelector('.draw canvas').toDataURL()"
 
 
@@ -46,6 +59,9 @@ def test_paint_redraw_run_cancel_and_find_it_again(page, studio, tmp_path):
     page.shoot(tmp_path / "wide.png")
     (past,) = studio.past(token := studio_token(studio))
     assert past.result["files"].count("sketch.png") == 1
+    page.press("Word maps and interference")
+    page.wait("document.querySelectorAll('.result .figures img').length === 3")
+    assert (past.folder / "attention.html").is_file()
 
     gate, begun = threading.Event(), threading.Event()
 
@@ -66,7 +82,7 @@ def test_paint_redraw_run_cancel_and_find_it_again(page, studio, tmp_path):
     arrive(page, 390, 844)
     assert page.js("document.documentElement.scrollWidth") <= 390
     page.tab("Your runs")
-    page.wait(f"{TEXT}.includes({past.folder.name!r})")
+    page.wait(f"{TEXT}.includes({past.folder.name!r}) && {TEXT}.includes('UNet rows')")
     page.shoot(tmp_path / "narrow.png")
     assert page.errors == []
     strangers = [url for url in page.requests if not url.startswith((page.url, "data:", "blob:", "about:"))]
@@ -108,6 +124,11 @@ def test_a_set_is_kept_stroke_by_stroke(page, studio, tmp_path):
     page.press("Next")
     page.wait(f"{TEXT}.includes('Picture 2 of 2')")
     assert '"id": "a"' in manifest.read_text()
+    page.js(NEGATIVE)
+    page.wait(f"{TEXT}.includes('black lines on white: it is inverted')")
+    page.wait(f"{TEXT}.includes('Nothing is painted yet')")
     page.press("Back")
     page.wait(f"{TEXT}.includes('Picture 1 of 2') && {TEXT}.includes('latent cells are edited')")
+    rows = {row["id"]: sorted(row) for row in map(json.loads, manifest.read_text().splitlines())}
+    assert rows == {"a": ["id", "image", "mask"], "b": ["id", "image", "sketch"]}
     assert page.errors == []

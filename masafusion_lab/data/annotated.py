@@ -40,9 +40,9 @@ def is_whole(case: Case) -> bool:
 def annotate(folder: Path, id: str, texts: Mapping[str, str], drawings: Mapping[str, Image.Image | None]) -> None:
     """Keep what is said of a picture (source, target, instruction) and drawn over it (mask, sketch, canny, pose).
 
-    A text that is empty and a drawing that is None are taken away; what is not named stays. Of several who annotate a
-    folder none undoes another's pictures; the manifest is whole at any moment, and names no file that is not there.
-    Raises InputError.
+    A text that is empty and a drawing that is None are taken away; what is not named stays. Where nothing changes the
+    manifest is not written. Of several who annotate a folder none undoes another's pictures; the manifest is whole at
+    any moment, and names no file that is not there. Raises InputError.
     """
     folder = folder.resolve()
     with FileLock(folder / f".{MANIFEST}.lock"):
@@ -57,6 +57,8 @@ def annotate(folder: Path, id: str, texts: Mapping[str, str], drawings: Mapping[
             if drawing is not None:
                 row[column] = f"{DRAWINGS}/{case_folder(Path(), id)}-{column}.png"
                 write_picture(folder / row[column], drawing)
+        if row == rows[id]:
+            return
         rows[id] = row
         if row.keys() == {"id", "image"}:
             del rows[id]

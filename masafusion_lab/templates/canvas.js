@@ -1,17 +1,24 @@
-// Draw region and sketch over a picture. The server sends {picture, put: {region, sketch}}, data: URLs of which any may
-// be missing; it gets {region, sketch}, white on black, with "input" after each change, and with "upload" {uploads}.
+// Draw region and sketch over a picture. The server sends {picture, put: {region, sketch, pose}, said, pose}: data: URLs,
+// of which any may be missing; a text; whether poses are of use. It gets {region, sketch, pose, touched}, drawings on
+// black and the layers that a person changed, with "input" after each change; with "upload" {uploads}, pictures that
+// were brought in, or {uploads, as}, one for a layer.
 const LIMIT = 20e6, UNDOS = 30;
 const one = (selector) => element.querySelector(selector);
 const all = (selector) => [...element.querySelectorAll(selector)];
-const canvas = one("canvas"), view = canvas.getContext("2d"), slider = one("input[type=range]"), file = one("input[type=file]");
-const INK = { region: "#eb5e28", sketch: "#10233f" };
-const sizes = { region: 0.07, sketch: 0.012 };
-const layers = {};
+const canvas = one("canvas"), view = canvas.getContext("2d"), slider = one("input[type=range]"), file = one(".picture input"), of = one(".layer input");
+const LAYERS = ["region", "sketch", "pose"], INK = { region: "#eb5e28", sketch: "#10233f" };
+const HINTS = {
+  region: "Paint what shall change.",
+  sketch: "Redraw the outlines as they shall be; erase those that go.",
+  pose: "Load the pose that it shall have, in openpose's colours.",
+};
+const sizes = { region: 0.07, sketch: 0.012, pose: 0.07 };
+const layers = {}, touched = new Set();
 let picture = null, layer = "region", tool = "brush", past = [], last = null, corner = null;
 
 const blank = () => Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
 const many = element.closest(".many") !== null;
-if (many) { file.multiple = true; one(".says").textContent = "Add pictures, or drop them here"; }
+if (many) { file.multiple = true; one(".picture span").textContent = "Add pictures, or drop them here"; }
 
 function tinted(name) {
   const copy = blank(), pen = copy.getContext("2d");
@@ -23,13 +30,15 @@ function tinted(name) {
 }
 
 function show(box) {
-  const drawing = layer === "sketch";
+  const drawing = layer !== "region";
   view.globalAlpha = 1;
   view.fillStyle = "#fff";
   view.fillRect(0, 0, canvas.width, canvas.height);
   if (!picture) return;
   view.imageSmoothingQuality = "high";
-  for (const [what, alpha] of [[picture, drawing ? 0.28 : 1], [tinted("region"), drawing ? 0.14 : 0.5], [tinted("sketch"), drawing ? 1 : 0.35]]) {
+  const shown = [[picture, drawing ? 0.28 : 1], [tinted("region"), drawing ? 0.14 : 0.5],
+    [tinted("sketch"), layer === "sketch" ? 1 : 0.35], [layers.pose, layer === "pose" ? 1 : 0.35]];
+  for (const [what, alpha] of shown) {
     view.globalAlpha = alpha;
     view.drawImage(what, 0, 0, canvas.width, canvas.height);
   }
@@ -48,21 +57,24 @@ function exported(name) {
   return copy.toDataURL("image/png");
 }
 
+const drawn = () => ({ ...Object.fromEntries(LAYERS.map((name) => [name, exported(name)])), touched: [...touched] });
+
 function commit() {
   show();
-  props.value = { region: exported("region"), sketch: exported("sketch") };
+  props.value = drawn();
   trigger("input");
 }
 
-function remember() {
-  past.push(Object.values(layers).map((each) => each.getContext("2d").getImageData(0, 0, each.width, each.height)));
+function remember(...names) {
+  past.push(names.map((name) => [name, layers[name].getContext("2d").getImageData(0, 0, canvas.width, canvas.height)]));
+  names.forEach((name) => touched.add(name));
   if (past.length > UNDOS) past.shift();
 }
 
 function undo() {
   const before = past.pop();
   if (!before) return;
-  Object.values(layers).forEach((each, k) => each.getContext("2d").putImageData(before[k], 0, 0));
+  for (const [name, image] of before) layers[name].getContext("2d").putImageData(image, 0, 0);
   commit();
 }
 
@@ -75,34 +87,43 @@ async function put(name, url) {
   pen.drawImage(await decoded(url), 0, 0, canvas.width, canvas.height);
   const pixels = pen.getImageData(0, 0, canvas.width, canvas.height);
   for (let k = 0; k < pixels.data.length; k += 4) {
-    pixels.data[k + 3] = pixels.data[k];
-    pixels.data[k] = pixels.data[k + 1] = pixels.data[k + 2] = 255;
+    const light = Math.max(pixels.data[k], pixels.data[k + 1], pixels.data[k + 2]);
+    if (name === "pose") pixels.data[k + 3] = light && 255;
+    else pixels.data.set([255, 255, 255, light], k);
   }
   pen.putImageData(pixels, 0, 0);
 }
 
 async function take(sent) {
   if (!sent || !sent.put) return;
+  if (sent.pose !== undefined) one("[data-layer=pose]").hidden = !sent.pose;
   if (sent.picture) {
     picture = await decoded(sent.picture);
     [canvas.width, canvas.height, past] = [picture.naturalWidth, picture.naturalHeight, []];
     canvas.style.width = `min(100%, ${64 * canvas.width / canvas.height}vh)`;
-    layers.region = blank();
-    layers.sketch = blank();
-  } else remember();
-  for (const [name, url] of Object.entries(sent.put)) await put(name, url);
-  if (!sent.picture) choose("layer", Object.keys(sent.put)[0]);
-  choose("layer", layer);
+    one(".draw").classList.remove("empty");
+    LAYERS.forEach((name) => { layers[name] = blank(); });
+    touched.clear();
+  }
+  if (!picture) return;
+  const names = Object.keys(sent.put);
+  if (!sent.picture && names.length) remember(...names);
+  for (const name of names) await put(name, sent.put[name]);
+  if (sent.picture || names.length) choose("layer", sent.picture ? layer : names[0]);
+  if (sent.said) one(".hint").textContent = sent.said;
   commit();
 }
 
 function choose(group, value) {
   if (group === "layer") {
     layer = value;
-    one("[data-tool=box]").hidden = layer === "sketch";
-    if (layer === "sketch" && tool === "box") choose("tool", "brush");
+    one("[data-tool=box]").hidden = layer !== "region";
+    one("[data-tool=brush]").hidden = layer === "pose";
+    if (layer === "pose") choose("tool", "eraser");
+    else if (layer === "sketch" && tool === "box") choose("tool", "brush");
     slider.value = Math.round(sizes[layer] * 640);
-    one(".hint").textContent = layer === "region" ? "Paint what shall change." : "Redraw the outlines as they shall be; erase those that go.";
+    one(".hint").textContent = HINTS[layer];
+    one(".layer span").textContent = `${layer[0].toUpperCase()}${layer.slice(1)} from a file`;
     show();
   } else tool = value;
   all(`[data-${group}]`).forEach((each) => each.setAttribute("aria-pressed", each.dataset[group] === value));
@@ -132,7 +153,7 @@ canvas.addEventListener("pointerdown", (event) => {
   event.preventDefault();
   canvas.focus({ preventScroll: true });
   canvas.setPointerCapture(event.pointerId);
-  remember();
+  remember(layer);
   last = place(event);
   if (tool === "box") corner = last;
   else { line(last, last); show(); }
@@ -159,14 +180,19 @@ for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, (
 all("[data-layer]").forEach((each) => each.addEventListener("click", () => choose("layer", each.dataset.layer)));
 all("[data-tool]").forEach((each) => each.addEventListener("click", () => choose("tool", each.dataset.tool)));
 one("[data-act=undo]").addEventListener("click", undo);
-one("[data-act=clear]").addEventListener("click", async () => { if (picture) { remember(); await put(layer); commit(); } });
+one("[data-act=clear]").addEventListener("click", async () => {
+  if (!picture) return;
+  remember(layer);
+  await put(layer);
+  commit();
+});
 slider.addEventListener("input", () => { sizes[layer] = slider.value / 640; });
 element.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "z") { event.preventDefault(); undo(); }
 });
 
-async function bring(files) {
-  const pictures = [...files].filter((each) => each.type.startsWith("image/")).slice(0, many ? 100 : 1);
+async function bring(files, as) {
+  const pictures = [...files].filter((each) => each.type.startsWith("image/")).slice(0, many && !as ? 100 : 1);
   if (pictures.reduce((sum, each) => sum + each.size, 0) > LIMIT) { one(".hint").textContent = "More than 20 MB: too large."; return; }
   const read = (each) => new Promise((done) => {
     const reader = new FileReader();
@@ -174,9 +200,12 @@ async function bring(files) {
     reader.readAsDataURL(each);
   });
   const uploads = await Promise.all(pictures.map(read));
-  if (uploads.length) { props.value = { uploads }; trigger("upload"); }
+  if (!uploads.length) return;
+  props.value = { ...(picture ? drawn() : {}), uploads, as };
+  trigger("upload");
 }
 file.addEventListener("change", () => { bring(file.files); file.value = ""; });
+of.addEventListener("change", () => { if (picture) bring(of.files, layer); of.value = ""; });
 element.addEventListener("dragover", (event) => event.preventDefault());
 element.addEventListener("drop", (event) => { event.preventDefault(); bring(event.dataTransfer.files); });
 element.addEventListener("paste", (event) => bring(event.clipboardData.files));

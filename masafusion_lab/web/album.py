@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 
 from masafusion_lab import InputError
-from masafusion_lab.annotate import opened, read_drawings
+from masafusion_lab.annotate import LAYERS, layer_of, opened, read_drawings
 from masafusion_lab.config import PROMPTS
 from masafusion_lab.data.annotated import MANIFEST, annotate, annotated, is_whole
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import LINES, open_picture
 from masafusion_lab.web import views
-from masafusion_lab.web.handlers import told, uploads
+from masafusion_lab.web.handlers import kind_of, lay, meant, told, uploads
+from masafusion_lab.web.notices import noticed
 from masafusion_lab.web.studio import Studio, brought, keep_picture, zipped
 
 
@@ -50,7 +51,7 @@ def jump(studio: Studio, token: str, by: int, id: str) -> tuple[Any, ...]:
 
 
 def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str) -> str:
-    """Keep in the manifest what is said and drawn of the picture; what there is to know of the set."""
+    """Keep in the manifest what is said of the picture, and the layers that were touched; what to know of the set."""
     if not id:
         return ""
     with told():
@@ -58,15 +59,21 @@ def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str)
         case = album(studio, token).get(id)
         if case is None:
             raise InputError(f"{id}: is no picture of {folder} any more; load the page again")
+        touched = sent.get("touched") if isinstance(sent, Mapping) else None
+        touched = touched if isinstance(touched, list) else LAYERS
         drawings = read_drawings(sent, open_picture(case.image), kind)
         if drawings and kind not in case.hints:  # the drawing goes from one kind to the other
+            touched = [*touched, "sketch"]
             drawings |= dict.fromkeys(set(LINES) & set(case.hints))
+        drawings = {column: each for column, each in drawings.items() if layer_of(column) in touched}
         annotate(folder, id, dict(zip(PROMPTS, texts, strict=True)), drawings)
         return _state(studio, token, album(studio, token), id)
 
 
-def add(studio: Studio, token: str, sent: Any) -> tuple[Any, ...]:
-    """Add pictures that were brought in to this person's own set."""
+def add(studio: Studio, token: str, picture: str, sent: Any) -> tuple[Any, ...]:
+    """Add pictures that were brought in to this person's own set; or show what was for a layer of the drawing."""
+    if meant(sent):
+        return gr.skip(), gr.skip(), lay(picture, sent), *[gr.skip()] * 6
     folder, first = studio.set_folder(token), ""
     with told():
         if studio.experiment.cases:
@@ -74,8 +81,8 @@ def add(studio: Studio, token: str, sent: Any) -> tuple[Any, ...]:
         if not uploads(sent):
             raise InputError("no picture came: bring it again")
         for upload in uploads(sent):
-            name, picture = brought(upload)
-            path = keep_picture(folder, name, picture, apart=False)
+            name, image = brought(upload)
+            path = keep_picture(folder, name, image, apart=False)
             first = first or path.stem
         return _shown(studio, token, first)
 
@@ -86,10 +93,10 @@ def _shown(studio: Studio, token: str, id: str) -> tuple[Any, ...]:
     if id not in cases:
         return "", "", gr.skip(), "", "", "", "sketch", _state(studio, token, cases, ""), names
     case = cases[id]
-    picture, drawings = opened(case)
-    kind = next((name for name in drawings if name != "mask"), "sketch")
-    said = case.source, case.target, case.instruction, kind
-    return id, str(case.image), views.drawing(picture, drawings), *said, _state(studio, token, cases, id), names
+    with noticed() as said:
+        picture, drawings = opened(case)
+    texts = case.source, case.target, case.instruction, kind_of(drawings)
+    return id, str(case.image), views.drawing(picture, drawings, said), *texts, _state(studio, token, cases, id), names
 
 
 def _state(studio: Studio, token: str, cases: Mapping[str, Case], id: str) -> str:

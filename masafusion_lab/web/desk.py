@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from masafusion_lab import InputError, interrupt
+from masafusion_lab.web.notices import noticed
 
 ROOM = 20
 """Computations that may wait."""
@@ -17,7 +18,7 @@ ROOM = 20
 
 @dataclass
 class Job:
-    """A computation that waits, runs or is done: its `future`; what is under way, and how far that is."""
+    """A computation that waits, runs or is done: its `future`; what is under way, how far that is, and warnings."""
 
     owner: str
     future: Future[Any] = field(default_factory=Future)
@@ -26,6 +27,7 @@ class Job:
     done: int = 0
     total: int = 0
     began: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
     def tell(self, what: str, done: int, total: int) -> None:
         """Say that so many steps of what is under way are done."""
@@ -92,6 +94,6 @@ class Desk:
 
 
 def _do(job: Job, work: Callable[[Job], Any]) -> Any:
-    with interrupt.heeding(job.stop):
+    with interrupt.heeding(job.stop), noticed(job.warnings):
         interrupt.check()
         return work(job)

@@ -11,11 +11,13 @@ from typing import Any
 import gradio as gr
 
 from masafusion_lab import annotate, config, keys
+from masafusion_lab.data.pictures import LINES
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.studio import Studio
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
-TO_RESULT = "() => document.querySelector('.result:not(.hide)')?.scrollIntoView({behavior: 'smooth', block: 'start'})"
+TO_RESULT = """() => document.querySelector('.status :is(.warn, .stopped)')
+  || document.querySelector('.result:not(.hide)')?.scrollIntoView({behavior: 'smooth', block: 'start'})"""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
 
 
@@ -58,7 +60,7 @@ def page(studio: Studio) -> gr.Blocks:
         token = gr.BrowserState("", storage_key="masafusion", secret="masafusion")  # which hides nothing; see Studio
         gr.HTML(views.part("head", experiment.model.path, studio.root, experiment.tracking))
         with gr.Tabs(overflow_behavior="wrap"):
-            with gr.Tab("Edit a picture"):
+            with gr.Tab("Edit"):
                 picture = gr.State("")
                 with gr.Row():
                     with gr.Column(scale=6, min_width=320):
@@ -69,21 +71,16 @@ def page(studio: Studio) -> gr.Blocks:
                         with gr.Row():
                             run = gr.Button("Run", variant="primary", scale=3, min_width=120)
                             stop = gr.Button("Cancel", interactive=False, scale=1, min_width=90)
-                        status = gr.HTML()
+                        status = gr.HTML(elem_classes=["status"])
                         edit = _annotator(studio, canvas, texts, words)
+                view = _viewer(studio, token, "result")
                 fields, inputs = _form(experiment)
-                view = _viewer("result")
-            with gr.Tab("Your runs"):
+            with gr.Tab("Your runs") as runs:
                 cards = gr.HTML()
                 chosen = gr.Dropdown([], label="Look at", visible=False)
-                old = _viewer()
-                if handlers.MORE:
-                    with gr.Accordion("Look closer", open=False):
-                        title = gr.Radio(list(handlers.MORE), show_label=False)
-                        closer = gr.Gallery(show_label=False, columns=4, format="png", buttons=[])
-                    title.input(partial(handlers.closer, studio), [token, chosen, title], closer, api_name="closer")
+                old = _viewer(studio, token)
             with gr.Tab("Annotate a set") as tab:
-                _album(studio, token, tab)
+                many = _album(studio, token, tab)
         shown = [status, run, stop, *view, cards, chosen]
         size, dilate = (inputs[k] for k, field in enumerate(fields) if field.key.name in ("size", "dilate"))
         _wire(studio, edit, picture, size, dilate)
@@ -91,20 +88,17 @@ def page(studio: Studio) -> gr.Blocks:
         arrival = demo.load(partial(handlers.arrive, studio), token, arrived, show_progress="hidden", api_name="arrive")
         arrival.then(partial(handlers.follow, studio), token, shown, show_progress="hidden", concurrency_limit=None,
                      api_name="follow")  # fmt: skip
-        edit.canvas.upload(partial(handlers.bring, studio), [token, edit.canvas], [picture, edit.canvas, *edit.texts],
-                           show_progress="hidden", api_name="bring")  # fmt: skip
+        arrival.then(partial(handlers.able, studio), edit.kind, [edit.kind, edit.canvas, many],
+                     show_progress="hidden", api_visibility="private")  # fmt: skip
+        edit.canvas.upload(partial(handlers.bring, studio), [token, picture, edit.canvas],
+                           [picture, edit.canvas, *edit.texts], show_progress="hidden", api_name="bring")  # fmt: skip
         asked = [token, picture, edit.canvas, edit.kind, *edit.texts, *inputs]
         run.click(partial(handlers.run, studio, fields), asked, shown, show_progress="hidden", concurrency_limit=None,
                   api_name="run").then(None, js=TO_RESULT)  # fmt: skip
-        stop.click(
-            partial(handlers.cancel, studio),
-            token,
-            None,
-            concurrency_limit=None,
-            show_progress="hidden",
-            api_name="cancel",
-        )
-        chosen.input(partial(handlers.look, studio), [token, chosen], old, show_progress="hidden", api_name="look")
+        stop.click(partial(handlers.cancel, studio), token, None, concurrency_limit=None, show_progress="hidden",
+                   api_name="cancel")  # fmt: skip
+        for event in (chosen.input, runs.select):
+            event(partial(handlers.look, studio), [token, chosen], old, show_progress="hidden", api_name="look")
     return demo
 
 
@@ -133,15 +127,16 @@ def _prompts(number: str = "") -> tuple[list[gr.Textbox], gr.HTML]:
 def _annotator(studio: Studio, canvas: gr.HTML, texts: list[gr.Textbox], words: gr.HTML) -> Annotator:
     """What helps to draw: the region as the model sees it, and what is drawn by itself."""
     with gr.Accordion("The region as the model sees it", open=True):
-        seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220)
-        said = gr.HTML()
+        seen = gr.Image(show_label=False, container=False, interactive=False, format="png", buttons=[], height=220,
+                        visible=False)  # fmt: skip
+        said = gr.HTML(views.part("said", "It is shown when one is painted and the model is loaded."))
     ways = list(annotate.ways(studio.experiment.pidinet))
     with gr.Accordion("Let sketch and region be drawn", open=False):
         how = gr.Radio(ways, value=ways[0], label="How the sketch is drawn", visible=len(ways) > 1)
         with gr.Row():
             outline = gr.Button("Sketch from the picture", size="sm", min_width=120)
             compare = gr.Button("Region from the redrawn sketch", size="sm", min_width=120)
-        kind = gr.Radio(["sketch", "canny"], value="sketch", label="The sketch is a hint of this kind")
+        kind = gr.Radio([*LINES], value=LINES[0], label="The sketch is a hint of this kind")
     return Annotator(canvas, how, outline, compare, kind, texts, words, seen, said)
 
 
@@ -204,27 +199,38 @@ def _input(field: form.Field, *, min_width: int) -> Any:
     return gr.Textbox(field.value, max_lines=1, **options)
 
 
-def _viewer(*classes: str) -> list[Any]:
-    """Where a finished run is looked at: its group, before and after, all pictures, facts, download."""
+def _viewer(studio: Studio, token: gr.BrowserState, *classes: str) -> list[Any]:
+    """Where a finished run is looked at; see `handlers.VIEWED`."""
     with gr.Column(visible=False, elem_classes=[*classes]) as group:
         gr.HTML(views.part("step", "", "Look", "drag the line: source to its left, target to its right"))
         with gr.Row():
             slider = gr.ImageSlider(label="Source | target", interactive=False, format="png", buttons=[])
             gallery = gr.Gallery(label="All pictures", columns=2, format="png", buttons=[])
-        facts = gr.HTML()
-        download = gr.DownloadButton("Download this run", size="sm", elem_classes=["short"])
-    return [group, slider, gallery, facts, download]
+        facts, name = gr.HTML(), gr.State("")
+        with gr.Row(elem_classes=["acts"]):
+            download = gr.DownloadButton("Download this run", size="sm", min_width=140)
+            ask = gr.Button("Word maps and interference", size="sm", min_width=200)
+            stop = gr.Button("Cancel", size="sm", min_width=90, visible=False)
+        status = gr.HTML()
+        figures = gr.Gallery(label="Attention", columns=1, format="png", buttons=[], visible=False,
+                             elem_classes=["figures"])  # fmt: skip
+    view = [group, slider, gallery, facts, download, name, figures, status]
+    ask.click(partial(handlers.attend, studio), [token, name], [ask, stop, *view], show_progress="hidden",
+              concurrency_limit=None, api_visibility="private")  # fmt: skip
+    stop.click(partial(handlers.cancel, studio), token, None, concurrency_limit=None, show_progress="hidden",
+               api_visibility="private")  # fmt: skip
+    return view
 
 
-def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> None:
-    """The pictures of a set one after another."""
+def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> gr.HTML:
+    """The pictures of a set one after another; where they are drawn upon."""
     picture, id = gr.State(""), gr.Textbox(visible=False)
     state = gr.HTML()
-    with gr.Row():
-        back = gr.Button("Back", size="sm")
-        jump = gr.Dropdown([], show_label=False, container=False, min_width=160)
-        on = gr.Button("Next", size="sm", variant="primary")
-        zip_ = gr.DownloadButton("Download the set", size="sm")
+    with gr.Row(equal_height=True):
+        back = gr.Button("Back", size="sm", min_width=80)
+        jump = gr.Dropdown([], show_label=False, container=False, min_width=160, scale=3)
+        on = gr.Button("Next", size="sm", variant="primary", min_width=80)
+        zip_ = gr.DownloadButton("Download the set", size="sm", min_width=140)
     with gr.Row():
         with gr.Column(scale=6, min_width=320):
             canvas = _canvas("", "many", *(["fixed"] if studio.experiment.cases else []))
@@ -240,8 +246,9 @@ def _album(studio: Studio, token: gr.BrowserState, tab: gr.Tab) -> None:
     jump.input(lambda token, id: album.jump(studio, token, 0, id), [token, jump], shown, show_progress="hidden",
                api_visibility="private")  # fmt: skip
     parts.canvas.upload(
-        partial(album.add, studio), [token, parts.canvas], shown, show_progress="hidden", api_name="add"
+        partial(album.add, studio), [token, picture, parts.canvas], shown, show_progress="hidden", api_name="add"
     )
     for event in (parts.canvas.input, *(text.input for text in parts.texts), parts.kind.input):
         event(partial(album.keep, studio), [token, *said], state, **QUIET, api_name="keep")
     zip_.click(partial(album.download, studio), token, zip_, api_visibility="private")
+    return canvas

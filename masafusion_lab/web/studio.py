@@ -11,7 +11,7 @@ import secrets
 import tempfile
 import threading
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from PIL import Image
 from masafusion_lab import InputError, config, request
 from masafusion_lab.annotate import pieces, seen
 from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.hints import HINTS
 from masafusion_lab.runs import read_json, replacing, write_picture
 from masafusion_lab.web.desk import Desk, Job
 
@@ -72,20 +73,26 @@ class Studio:
             raise InputError(f"cases={self.experiment.cases}: the lab annotates a folder of pictures; name one")
         self._lock = threading.Lock()
         self._loading: Job | None = None
+        self._models: dict[str, Any] = {}
         self._tokenizer: Any = None
 
     def load(self) -> Job:
         """Have the model loaded, once."""
         with self._lock:
             if self._loading is None:
-                self._loading = self.desk.submit("", self._load)
+                self._loading = self.desk.submit("", lambda job: self._load(job, self.experiment))
             return self._loading
 
-    def _load(self, job: Job) -> Any:
-        job.tell("loading the model", 0, 0)
+    def _load(self, job: Job, experiment: config.Experiment) -> Any:
+        """The model with the kind of UNet that the method of an experiment needs; see `network.NETWORKS`."""
+        from masafusion_lab.methods import needs
         from masafusion_lab.model import StableDiffusion
 
-        return StableDiffusion.load(**vars(self.experiment.model))
+        kind = needs(config.method(experiment)).network
+        if kind not in self._models:
+            job.tell("loading the model", 0, 0)
+            self._models[kind] = StableDiffusion.load(**vars(self.experiment.model), network=kind)
+        return self._models[kind]
 
     @property
     def model(self) -> Any:
@@ -126,7 +133,7 @@ class Studio:
         """
         folder = self.person(token)
         files = {kind: keep_picture(folder / "drawings", kind, image) for kind, image in drawings.items() if image}
-        given = {"image": picture, "mask": "", "box": "", "sketch": "", "canny": "", "pose": "", "cases": "", "out": ""}
+        given = dict.fromkeys(("mask", "box", *HINTS, "cases", "out"), "") | {"image": picture}
         experiment = request.read(
             [*self.words, *(f"{key}={value}" for key, value in (given | files).items()), *words], self.files
         )
@@ -138,10 +145,40 @@ class Studio:
         from masafusion_lab.callbacks import Told
         from masafusion_lab.recorded import recorded
 
-        lab = phases.build(experiment, track=job.track, model=self.model)
+        lab = phases.build(experiment, track=job.track, model=self._load(job, experiment))
         with recorded(experiment, root) as folder, tracking.recording(experiment, folder) as loggers:
             cases = request.cases_of(experiment)
             return phases.edit(lab, cases, folder, loggers=loggers, callbacks=[Told(job.tell)])[0]
+
+    def attend(self, token: str, name: str) -> Job:
+        """Have the attention of a finished run looked at: its denoising again, watched as by `masafusion attend`.
+
+        Figures, maps and page are added to its folder, in which nothing else changes. Raises InputError.
+        """
+        past = self.finished(token, name)
+        if past is None:
+            raise InputError(f"{name}: is no finished run; load the page again")
+        self.load()
+        return self.desk.submit(self.person(token).name, lambda job: self._attend(job, past.folder))
+
+    def _attend(self, job: Job, folder: Path) -> Path:
+        from masafusion_lab import phases
+        from masafusion_lab.callbacks import Attend, Told
+        from masafusion_lab.explorer import is_kept, keep
+        from masafusion_lab.runs import is_done
+        from masafusion_lab.watch import Watch
+
+        experiment, watch = config.load([folder / "config.yaml"]), Watch()
+        lab = phases.build(experiment, track=job.track, model=self._load(job, experiment))
+        (case,) = request.cases_of(experiment)
+        if not is_done(folder, phases.job(lab, case, folder).key):
+            raise InputError("another model, or version, made this run: run it again to see its attention")
+        seen = [Attend(watch, keep=keep), Told(job.tell)]
+        return phases.edit(lab, [case], folder, callbacks=seen, whole=lambda f: is_kept(f, watch))[0]
+
+    def finished(self, token: str, name: str) -> Past | None:
+        """The run of this person of that name, if it is done."""
+        return next((past for past in self.past(token) if past.done and past.folder.name == name), None)
 
     def past(self, token: str) -> list[Past]:
         """The runs of this person, latest first."""
@@ -165,10 +202,10 @@ def keep_picture(folder: Path, name: str, image: Image.Image, *, apart: bool = T
     return path
 
 
-def brought(upload: Any) -> tuple[str, Image.Image]:
-    """The name, fit for a file, and the picture, RGB, of {"name", "data"}, whose data is a base64 data: URL.
+def brought(upload: Any, opens: Callable[[Path], Image.Image] = open_picture) -> tuple[str, Image.Image]:
+    """The name, fit for a file, and the picture of {"name", "data"}, whose data is a base64 data: URL.
 
-    Raises InputError for what is no picture, or too large.
+    `opens` reads it from a file. Raises InputError for what is no picture, or too large.
     """
     name, data = (str(upload.get(key, "")) if isinstance(upload, Mapping) else "" for key in ("name", "data"))
     said = Path(name).name[:80] or "picture"
@@ -178,7 +215,7 @@ def brought(upload: Any) -> tuple[str, Image.Image]:
         file = Path(folder) / "picture"
         try:
             file.write_bytes(base64.b64decode(data.partition(",")[2], validate=True))
-            image = open_picture(file)
+            image = opens(file)
         except InputError as error:
             raise InputError(str(error).replace(str(file), said)) from None
         except ValueError:

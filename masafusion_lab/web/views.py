@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from masafusion_lab.annotate import canvas_size, to_url
+from masafusion_lab.annotate import LAYERS, canvas_size, layer_of, to_url
 from masafusion_lab.report import pages
 from masafusion_lab.web.desk import Desk, Job
 from masafusion_lab.web.studio import Past
@@ -25,16 +25,22 @@ def part(name: str, *args: Any, **options: Any) -> str:
     return str(getattr(pages().get_template("app.html").module, name)(*args, **options))
 
 
-def drawing(picture: Image.Image | None, drawings: Mapping[str, Image.Image | None]) -> dict[str, Any]:
-    """What makes the page's drawing show a picture, or keep its own, with a mask and a hint over it.
+def drawing(
+    picture: Image.Image | None,
+    drawings: Mapping[str, Image.Image | None],
+    said: Sequence[str] = (),
+    **more: Any,
+) -> dict[str, Any]:
+    """What makes the page's drawing show a picture, or keep its own, with drawings over it, by column.
 
-    Drawings are by column; mask is the region, any other the sketch; one that is not named stays as it is.
+    One that is not named stays as it is. `said`: what to know of them; `more`: what else the page is told.
     """
-    put = {"region" if column == "mask" else "sketch": each and to_url(each) for column, each in drawings.items()}
-    sent: dict[str, Any] = {"put": put, "stamp": secrets.token_hex(4)}  # the page heeds only what has changed
+    put = {layer_of(column): each and to_url(each) for column, each in drawings.items()}
+    stamp = secrets.token_hex(4)  # the page heeds only what has changed
+    sent: dict[str, Any] = {"put": put, "said": ". ".join(said), "stamp": stamp, **more}
     if picture is not None:
         full = picture.resize(canvas_size(*picture.size), Image.Resampling.LANCZOS)
-        sent |= {"picture": to_url(full), "put": {"region": None, "sketch": None} | put}
+        sent |= {"picture": to_url(full), "put": dict.fromkeys(LAYERS) | put}
     return sent
 
 
