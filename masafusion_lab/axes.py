@@ -35,7 +35,7 @@ class Sweep:
 
 @dataclass
 class Launch:
-    """Who runs the items of a sweep or of an inversion."""
+    """Who runs the items of a benchmark, a sweep or an inversion."""
 
     by: Literal["here", "local", "ray", "submitit"] = "here"
     """here: this process; local: processes on this machine; ray: a Ray cluster; submitit: a SLURM array."""

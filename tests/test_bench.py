@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masafusion_lab import InputError, bench, cli, config, interrupt, phases, publish, tables
+from masafusion_lab import InputError, bench, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
 from masafusion_lab.methods import METHODS
 from masafusion_lab.protocol import PROTOCOLS
-from masafusion_lab.runs import explained, replacing
+from masafusion_lab.launch import Worker
+from masafusion_lab.runs import explained, replacing, write_text
 from masafusion_lab.scoring import Scorer
 from tests.test_report import Page
 
@@ -128,6 +129,14 @@ def test_neither_order_nor_division_nor_batch_changes_a_pixel(run, yaml, whole, 
     batch, _ = run("batch", "bench.only=ours (DI)", "batch=4", f"store={tmp_path / 'other'}", fresh=True)
     assert len(pictures(batch)) == 1 + 2 * TURNS
     assert pictures(batch).items() <= want.items()
+
+
+def test_a_worker_edits_all_parts_to_the_same_pixels_wherever_it_runs(yaml, whole, tmp_path):
+    experiment, made = bench.read([yaml], [f"out={tmp_path / 'out'}", "model.device=auto"])
+    write_text(made.folder / "config.yaml", config.to_yaml(experiment))
+    Worker("bench", str(made.folder), "cpu", 1)()
+    assert pictures(made) == pictures(whole)
+    assert not any(record["error"] for record in bench.score(made, Scorer.of(made.protocol, {})))
 
 
 def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkeypatch):
@@ -258,6 +267,8 @@ def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"'nobody' is no row; they are plain, ours \(DI\)"):
         bench.read([yaml], ["bench.only=nobody"])
+    with pytest.raises(InputError, match=r"bench\.turns=multi: there are no sessions"):
+        bench.read([yaml], ["bench.turns=multi", "bench.sessions=0"])
     with pytest.raises(InputError, match=r"bench\.rows: missing"):
         bench.read([], ["bench.count=1", "bench.sessions=0"])
 
@@ -430,6 +441,23 @@ def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
     bench.edit(made)
     records = bench.score(made, Scorer.of(made.protocol, {}))
     assert [record["error"] for record in records] == [""] * len(there)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_workers_leave_what_one_process_does(command, yaml, tmp_path):
+    assert command("bench", "--config", yaml, "out=one")[0] == 0
+    assert command("bench", "--config", yaml, "out=two", "launch.by=local", "launch.workers=2")[0] == 0
+    one, two = ((tmp_path / name / "results.parquet").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert {path.name for path in (tmp_path / "two").glob("worker-*.log")} == {"worker-0.log", "worker-1.log"}
+
+
+def test_what_no_worker_edits_is_missed(command, yaml, monkeypatch):
+    monkeypatch.setitem(launch.LAUNCHERS, "local", lambda *args: None)
+    code, _, err = command("bench", "--config", yaml, "out=b", "launch.by=local", "bench.sessions=0")
+    assert code == 1
+    assert "2 edits are missing: not edited yet" in err
 
 
 @pytest.mark.slow
