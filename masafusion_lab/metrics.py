@@ -200,6 +200,17 @@ def _clip_score(shown: Callable[[Pair], Tensor]) -> Of:
     return lambda pair, see: (100 * cosine(see.clip(shown(pair)), see.text(pair.target))).clamp(min=0)
 
 
+def _changed(pair: Pair, see: Encoders) -> Tensor:
+    inside = _some(_mask(pair), "the mask is empty").expand_as(pair.source)
+    return ((pair.at_source - pair.source).abs() * inside).sum() / inside.sum()
+
+
+def _hit(pair: Pair, see: Encoders) -> Tensor:
+    at_truth, truth = _truth(pair)
+    inside = F.interpolate(_some(_mask(pair), "the mask is empty")[None], truth.shape[-2:])[0]
+    return psnr(mse_kept(at_truth, truth, 1 - inside, area=True))
+
+
 def _blacked_out(pair: Pair) -> Tensor:
     return pair.at_source * _some(_mask(pair), "the mask is empty")
 
@@ -240,6 +251,10 @@ MEASURES: dict[str, Measure] = {
     "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 2, 1e4),
     "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 2, 1e2),
     "clip_cut": Measure("CLIP edited, cut out", True, _clip_score(lambda p: cut_out(p.at_source, _mask(p))), 2),
+    # what a sweep trades off: is the edit made, and in the region alone
+    "psnr_whole": Measure("PSNR to the source", True, lambda p, see: psnr(l2(p.at_source, p.source)), 2),
+    "changed": Measure("L1 edited, to the source", True, _changed),
+    "hit": Measure("PSNR edited, to the target", True, _hit, 2),
     # the picture-book world's judge
     "done": Measure("edit done", True, lambda pair, see: see.done(pair.edited, pair.drawn), 2),
 }

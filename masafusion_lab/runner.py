@@ -26,7 +26,6 @@ from masafusion_lab.editor import Editor, out_of_memory, precisely
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
-from masafusion_lab.landscape import measures
 from masafusion_lab.lockstep import Course, State
 from masafusion_lab.methods import Shareable
 from masafusion_lab.runs import (
@@ -203,14 +202,12 @@ class Runner:
             if isinstance(target, Exception):
                 raise target
             edited = precisely(lab.model, job.case.id, lambda: lab.model.decode(target)[0].cpu())
-            with hushed():
-                taken = measures(edited, job.case, lab)
         except (ArithmeticError, RuntimeError) as error:
             self.fail(work.point, job.folder, job.key, error)
             return
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)
-        result = {"case": job.case.id, "point": work.point.values, "key": job.key, "measures": taken}
+        result = {"case": job.case.id, "point": work.point.values, "key": job.key}
         (job.folder / "error.json").unlink(missing_ok=True)
         finish_case(job.folder, {**result, "changed": lab.changed, "files": ["target.png"]})
 

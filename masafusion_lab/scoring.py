@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from masafusion_lab.data.case import Case
+from masafusion_lab.data.case import Case, Picture
 from masafusion_lab.data.pictures import open_picture, region, tensor
 from masafusion_lab.encoders import Networks
 from masafusion_lab.metrics import Pair, measure
@@ -20,7 +20,7 @@ from masafusion_lab.protocol import Protocol
 from masafusion_lab.runs import read_json, write_json
 
 
-def pair(case: Case, picture: Path) -> Pair:
+def pair(case: Case, picture: Picture) -> Pair:
     """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)

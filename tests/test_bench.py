@@ -22,10 +22,10 @@ from PIL import Image
 
 from masafusion_lab import InputError, bench, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
+from masafusion_lab.launch import Worker
 from masafusion_lab.methods import METHODS
 from masafusion_lab.protocol import PROTOCOLS
-from masafusion_lab.launch import Worker
-from masafusion_lab.runs import explained, replacing, write_text
+from masafusion_lab.runs import explained, replacing, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
 from tests.test_report import Page
 
@@ -142,7 +142,7 @@ def test_a_worker_edits_all_parts_to_the_same_pixels_wherever_it_runs(yaml, whol
 def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     _, records = run("a", "bench.only=plain")
-    publish.write_parquet(tmp_path / "whole.parquet", records)
+    write_parquet(tmp_path / "whole.parquet", records)
     dice, cuts = random.Random(0), 0
     for _ in range(4):
         left = [dice.randrange(40)]
@@ -161,7 +161,7 @@ def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkey
                 cuts += 1
     assert cuts >= 3
     _, again = run("cut", "bench.only=plain", fresh=True)
-    publish.write_parquet(tmp_path / "cut.parquet", again)
+    write_parquet(tmp_path / "cut.parquet", again)
     assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 

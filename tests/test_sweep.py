@@ -78,13 +78,13 @@ def test_results_are_in_one_table_with_pictures_and_plotted(run, tmp_path):
     found, _ = run(WINDOWS, "axes.method.guidance=3,7.5", cases=[case(truth=drawn(fill="red")), case("dog", 4)])
     rows = parquet.read_table(tmp_path / "out/results.parquet").to_pylist()
     assert len(rows) == 2 * 6 * 2
-    assert {"method.fusion_steps.start", "method.fusion_steps.stop", "method.guidance", "kept", "hit", "l1"} <= {
+    assert {"method.fusion_steps.start", "method.fusion_steps.stop", "method.guidance", "psnr_area", "hit", "l1"} <= {
         *rows[0]
     }
     assert all((tmp_path / "out" / row["picture"]).is_file() for row in rows)
     assert found.best.point in {row["point"] for row in rows}
     assert sum(found.best.share.values()) == pytest.approx(1)
-    for name in ("map-kept", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
+    for name in ("map-psnr_area", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
         assert (tmp_path / f"out/{name}.png").is_file()
 
 
@@ -233,10 +233,10 @@ def test_a_tracker_is_told_of_points_pictures_and_plots_as_plotted(run, tmp_path
     with tracking.recording(experiment, tmp_path / "out") as loggers:
         run("axes.seed=0,1", loggers=loggers)
     told = json.dumps(on_record(tmp_path / "out"))
-    for name in ("sweep/points", "sweep/map-kept", "sweep/trade-off", "sweep/best/kept"):
+    for name in ("sweep/points", "sweep/map-psnr_area", "sweep/trade-off", "sweep/best/psnr_area"):
         assert name in told
     (table,) = (tmp_path / "out").glob("wandb/offline-run-*/files/media/table/**/*.json")
-    assert {"case", "point", "seed", "kept", "picture"} <= set(json.loads(table.read_text())["columns"])
+    assert {"case", "point", "seed", "psnr_area", "picture"} <= set(json.loads(table.read_text())["columns"])
 
 
 class Page(HTMLParser):
