@@ -16,7 +16,10 @@ from pyarrow import parquet
 
 from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage, tracking
 from masafusion_lab.forecast import Forecast
+from masafusion_lab.protocol import PROTOCOLS
+from masafusion_lab.request import cases_of
 from masafusion_lab.runs import read_json
+from masafusion_lab.scoring import Scorer
 from masafusion_lab.sweep import sweep
 from tests.edits import Calls, case, drawn
 from tests.test_tracking import on_record
@@ -86,6 +89,28 @@ def test_results_are_in_one_table_with_pictures_and_plotted(run, tmp_path):
     assert sum(found.best.share.values()) == pytest.approx(1)
     for name in ("map-psnr_area", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
         assert (tmp_path / f"out/{name}.png").is_file()
+
+
+def test_its_measures_are_a_benchmarks_and_each_or_two_of_them_may_be_the_objective(run, tmp_path):
+    drawn = list(cases_of(config.load(words=["cases=picturebook:1"])))
+    words = ["axes.method.guidance=3,7.5", "size=32"]
+    found, _ = run(*words, "sweep.objective=done,clip_t", cases=drawn)
+    scorer = Scorer.of(PROTOCOLS["picturebook"], {})
+    for record in found.records:
+        taken, _ = scorer.score(drawn[0], (tmp_path / "out" / record["picture"]).parent, again=True)
+        shared = taken.keys() & record.keys()
+        assert {"done", "clip_t", "psnr_area", "l1"} <= shared
+        assert {name: record[name] for name in shared} == {name: taken[name] for name in shared}
+    best = max(found.records, key=lambda record: record["clip_t"])
+    assert run(*words, "sweep.objective=clip_t", cases=drawn)[0].best.point == best["point"]
+
+
+def test_where_nothing_says_what_is_best_nothing_is_recommended(run, tmp_path, caplog):
+    found, _ = run("axes.method.guidance=3,7.5", "method.name=plain", cases=[case(mask=None, hints={})])
+    assert found.best is None
+    assert "psnr_whole" in found.records[0]
+    assert "clip_t has no value, so nothing is recommended" in caplog.text
+    assert "Nothing is recommended: clip_t has no value" in (tmp_path / "out/report.html").read_text()
 
 
 def test_each_axis_is_proven_alive_and_the_proof_is_kept(run, tmp_path):
