@@ -4,13 +4,11 @@ import csv
 import dataclasses
 import errno
 import json
-import os
 import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -27,6 +25,7 @@ from masafusion_lab.methods import METHODS
 from masafusion_lab.protocol import PROTOCOLS
 from masafusion_lab.runs import explained, replacing, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
+from tests.kills import survive
 from tests.test_report import Page
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -461,29 +460,17 @@ def test_what_no_worker_edits_is_missed(command, yaml, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(yaml, tmp_path):
-    pytest.importorskip("pyarrow")
-
-    def start(out):
-        words = ["bench", "--config", str(yaml), f"out={out}", f"store={out}-store"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "masafusion_lab.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_moments_it_loses_nothing_and_ends_with_the_same_bytes(command, yaml, tmp_path):
     began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    whole, dice = time.monotonic() - began, random.Random(1)
-    for _ in range(20):
-        process = start(tmp_path / "cut")
-        time.sleep(dice.uniform(0.5, 1.0) * whole)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if dice.random() < 0.3:  # else it would be done after a few
-            for place in sorted((tmp_path / "cut" / "edits").rglob("result.json"))[::2]:
-                shutil.rmtree(place.parent)
-    assert start(tmp_path / "cut").wait() == 0
-    a, b = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "cut"))
-    assert a == b
+    assert command("bench", "--config", yaml, "out=whole", "store=whole-store")[0] == 0
+    seconds = time.monotonic() - began
+
+    def ended():
+        whole, cut = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "cut"))
+        assert cut == whole
+
+    survive(lambda: command("bench", "--config", yaml, "out=cut", "store=cut/store"), tmp_path / "cut", seconds, ended)
 
 
 def test_the_cases_of_a_benchmark_are_the_sets(yaml):

@@ -1,11 +1,9 @@
 """Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
 
 import json
-import random
 import shutil
-import subprocess
 import sys
-from contextlib import suppress
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,6 +20,7 @@ from masafusion_lab.runs import read_json
 from masafusion_lab.scoring import Scorer
 from masafusion_lab.sweep import sweep
 from tests.edits import Calls, case, drawn
+from tests.kills import survive
 from tests.test_tracking import on_record
 
 pytestmark = pytest.mark.usefixtures("unplotted")
@@ -347,18 +346,16 @@ def test_the_command_exits_with_1_if_a_point_failed_and_with_2_if_nothing_can_ru
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_twenty_moments_it_ends_in_the_same_bytes(command, tmp_path):
+def test_killed_at_twenty_moments_it_loses_nothing_and_ends_in_the_same_bytes(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "SAVED_EVERY", 0.2)
     words = ["axes.method.fusion_steps=windows(0,12,1)", "steps=12"]
+    began = time.monotonic()
     command(*words, "out=whole")
-    usual = [word for word in sys.argv[1:] if word != "out=whole"]
-    (tmp_path / "out").mkdir()
-    moments = random.Random(0)
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-m", "masafusion_lab.cli", *usual, "out=out"], text=True)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(3, 20))
-        process.kill()
-        process.wait()
-    assert command(*words, "out=out")[0] == 0
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
-    assert (tmp_path / "out/results.parquet").read_bytes() == (tmp_path / "whole/results.parquet").read_bytes()
+    seconds = time.monotonic() - began
+
+    def ended():
+        assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
+        whole, out = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "out"))
+        assert out == whole
+
+    survive(lambda: command(*words, "out=out"), tmp_path / "out", seconds, ended)
