@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
 from masafusion_lab.keys import suggest
 from masafusion_lab.metrics import MEASURES
+from masafusion_lab.ranks import ranks
 
 Record: TypeAlias = Mapping[str, Any]
 """A point on a case, see `Survey.records`."""
@@ -72,21 +75,14 @@ def scores(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], 
     """
     points = list(dict.fromkeys(record["point"] for record in records))
     cases = list(dict.fromkeys(record["case"] for record in records))
-    values = np.full((len(names), len(cases), len(points)), np.nan)
+    values = torch.full((len(cases), len(points), len(names)), math.nan, dtype=torch.float64)
     for record in records:
-        for m, name in enumerate(names):
-            values[m, cases.index(record["case"]), points.index(record["point"])] = record.get(name, math.nan)
-    signs = np.array([1 if MEASURES[name].higher_is_better else -1 for name in names])[:, None, None]
-    return points, np.stack([[_rank(row) for row in its] for its in signs * values]).mean(0)
-
-
-def _rank(row: np.ndarray) -> np.ndarray:
-    """The part of the others that each number beats, half of those that it equals; NaN of NaN."""
-    there = row[~np.isnan(row)]
-    if len(there) < 2:
-        return np.where(np.isnan(row), np.nan, 0.5)
-    beaten = (row[:, None] > there).sum(1) + 0.5 * ((row[:, None] == there).sum(1) - 1)
-    return np.where(np.isnan(row), np.nan, beaten / (len(there) - 1))
+        its = torch.tensor([record.get(name, math.nan) for name in names], dtype=torch.float64)
+        values[cases.index(record["case"]), points.index(record["point"])] = its
+    higher = [MEASURES[name].higher_is_better for name in names]
+    rank = torch.stack([ranks(case, higher) for case in values])
+    others = values.isfinite().sum(1, keepdim=True) - 1
+    return points, ((others + 1 - rank) / others).where((others > 0) | rank.isnan(), 0.5).mean(-1).numpy()
 
 
 @dataclass(frozen=True)
@@ -102,13 +98,15 @@ class Recommendation:
 
 
 def recommend(records: Sequence[Record], names: Sequence[str]) -> Recommendation | None:
-    """Which point to take; None if none was made on every case."""
+    """Which point to take; None if none was made on every case, but those on which all failed."""
     points, score = scores(records, names)
+    made = ~np.isnan(score).all(1)
+    cases = list(itertools.compress(dict.fromkeys(record["case"] for record in records), made))
+    score = score[made]
     whole = ~np.isnan(score).any(0)
-    if not whole.any():
+    if not cases or not whole.any():
         return None
     usable = np.where(whole, score, -np.inf)
-    cases = list(dict.fromkeys(record["case"] for record in records))
     by_case = {case: points[int(np.nanargmax(row))] for case, row in zip(cases, score, strict=True)}
     draws = np.random.default_rng(0).integers(len(cases), size=(1000, len(cases)))
     winners = [points[n] for n in usable[draws].mean(1).argmax(1)]

@@ -97,12 +97,15 @@ def opened(experiment: config.Experiment, folder: Path, spanned: Sequence[Axis],
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(experiment.sweep.study or folder / "study.log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        study_name="sweep",
-        load_if_exists=True,
-        directions=["maximize" if MEASURES[goal].higher_is_better else "minimize" for goal in goals],
-    )
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            study_name="sweep",
+            load_if_exists=True,
+            directions=["maximize" if MEASURES[goal].higher_is_better else "minimize" for goal in goals],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no journal of a study ({error}); take another sweep.study= or out=") from None
     of = {"axes": dict(experiment.axes), "goals": list(goals)}
     if (there := study.user_attrs.get("of", of)) != of:
         raise InputError(f"{path}: is the study of another sweep ({there}); take another sweep.study= or out=")

@@ -82,7 +82,7 @@ def publish(survey: Survey, found: Forecast, scorer: Scorer, loggers: Sequence[A
     if points:
         for name, figure in figures(findings):
             plots.save(figure, survey.folder / f"{name}.png")
-        for n, sheet in enumerate(sheets(survey, findings)):
+        for n, sheet in sheets(survey, findings):
             write_picture(survey.folder / f"sheet-{n}.png", sheet)
     write_page(survey, found, findings)
     tell(survey, findings, loggers)
@@ -115,14 +115,16 @@ def figures(findings: Findings) -> Iterator[tuple[str, Figure]]:
         yield "parallel", plots.parallel(whole, across, goals, goodness)
 
 
-def sheets(survey: Survey, findings: Findings) -> Iterator[Image.Image]:
-    """The contact sheets of the first cases."""
+def sheets(survey: Survey, findings: Findings) -> Iterator[tuple[int, Image.Image]]:
+    """The contact sheets of the first cases, but those of which all points failed, each with its case's number."""
     across = dimensions(findings.points)
-    for case in survey.cases[:SHEETS] if across else ():
+    for n, case in enumerate(survey.cases[:SHEETS] if across else ()):
         its = [record for record in findings.records if record["case"] == case.id]
+        if not any(record["picture"] for record in its):
+            continue
         best = findings.best.by_case.get(case.id, "") if findings.best else ""
         over = plots.shown_over(its, across)
-        yield plots.contact_sheet(its, survey.folder, over, open_picture(case.image), best)
+        yield n, plots.contact_sheet(its, survey.folder, over, open_picture(case.image), best)
 
 
 def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:

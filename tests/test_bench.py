@@ -254,6 +254,19 @@ def test_an_encoder_that_cannot_be_had_makes_its_columns_na_and_no_other(run, tm
     assert all(np.isfinite(r["clip_i"]) for r in back)  # the numbers are filed under what made them
 
 
+def test_a_target_picture_that_cannot_be_read_is_a_reason_and_not_the_end(run, tmp_path):
+    made, _ = run("a", "bench.only=plain")
+    cases = [dataclasses.replace(case, truth=tmp_path / "gone.png") for case in made.cases]
+    made = dataclasses.replace(made, cases=cases)
+    scorer = Scorer.of(made.protocol, {})
+    for path in made.folder.rglob("scores.json"):
+        path.unlink()
+    records = bench.score(made, scorer)
+    assert all(np.isnan(record["l1"]) and "gone.png" in record["missing"] for record in records)
+    assert "n/a" in tables.as_markdown(publish.publish(made, records, scorer))
+    assert not list(made.folder.rglob("scores.json"))
+
+
 def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_path):
     words = ["bench.rows.a=method.name=plian", "bench.rows.b=method.gidance=3", "bench.rows.c='x"]
     with pytest.raises(InputError) as error:

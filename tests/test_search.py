@@ -123,6 +123,12 @@ def test_the_study_of_another_sweep_is_refused(run):
         run("axes.method.guidance=uniform(1,3)", *AXES[2:])
 
 
+def test_a_file_that_is_no_study_is_refused(run, tmp_path):
+    (tmp_path / "study.log").write_text("prompt,image\na cat,cat.png\n")
+    with pytest.raises(InputError, match=r"study\.log: is no journal of a study"):
+        run(*AXES, f"sweep.study={tmp_path / 'study.log'}")
+
+
 def test_without_optuna_it_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna.trial", None)
     with pytest.raises(InputError, match=r"masafusion-lab\[sweep\]"):

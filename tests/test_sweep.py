@@ -196,6 +196,13 @@ def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     calls.hook.remove()
 
 
+def test_a_case_that_cannot_be_read_is_on_record_and_the_rest_is_recommended_by(run, tmp_path):
+    found, _ = run("axes.seed=0,1", cases=[case(), case("gone", image=tmp_path / "gone.png")])
+    assert {record["case"] for record in found.failures} == {"gone"}
+    assert found.best.by_case.keys() == {"cat"}
+    assert [path.name for path in sorted((tmp_path / "out").glob("sheet-*"))] == ["sheet-0.png"]
+
+
 def test_methods_inversions_sizes_and_steps_may_be_varied(run, tmp_path):
     found, _ = run("axes.method.name=masafusion,plain", "axes.inversion.prompt=source,empty", "steps=2")
     assert not found.failures
