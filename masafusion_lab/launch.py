@@ -164,6 +164,8 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
                 if n in running and running[n].poll() is None:
                     continue
                 if n in running and running[n].returncode in (0, 2):
+                    if running[n].returncode:
+                        log.warning("worker %d cannot go on; why is the last line of worker-%d.log", n, n)
                     del left[n]
                     continue
                 if n in running:

@@ -94,6 +94,11 @@ def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> 
         raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
     if how.halvings and (how.kind != "search" or not 0 < how.halvings <= 3 or not experiment.steps >> how.halvings):
         raise InputError(f"sweep.halvings={how.halvings}: must be 0, or of sweep.kind=search 1 to 3, and leave a step")
+    if how.kind == "search" and experiment.launch.by != "here":
+        raise InputError(
+            f"launch.by={experiment.launch.by}: a search runs in its own process; "
+            "start several with one sweep.study=FILE, each with its own out="
+        )
     if how.halvings and "steps" in experiment.axes:
         raise InputError(f"sweep.halvings={how.halvings}: makes runs of fewer steps; leave axes.steps out")
     objective(how.objective, cases)

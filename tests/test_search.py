@@ -106,6 +106,7 @@ def test_in_fewer_steps_a_window_is_in_proportion(steps, window):
         (["sweep.halvings=2"], "and leave a step"),
         (["sweep.halvings=1", "sweep.kind=grid"], "of sweep.kind=search"),
         (["sweep.halvings=1", "axes.steps=1,2"], "leave axes.steps out"),
+        (["launch.by=local"], "launch.by=local: a search runs in its own process"),
         (["sweep.objective=hit"], "sweep.objective=hit: has no value on case 'cat': no target picture is known"),
         (["sweep.objective=psnr_area,done"], "sweep.objective=done: has no value .*the picture-book world alone"),
         (["sweep.objective=psnr_aera"], "did you mean psnr_area"),
