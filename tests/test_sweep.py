@@ -180,6 +180,22 @@ def test_more_points_than_before_run_alone(run, tmp_path):
     assert calls.count <= 3 + 2 + 2 * 3  # the new point's steps, the speed, and the proof of the axis
 
 
+def test_points_that_were_added_and_cut_short_among_their_results_are_not_computed_again(run, monkeypatch, tmp_path):
+    words = ["axes.method.guidance=uniform(2,9)", "sweep.kind=random"]
+    run(*words, "sweep.points=2")
+    write, made = runner.write_picture, []
+    monkeypatch.setattr(runner, "write_picture", lambda *its: 1 / 0 if made else made.append(write(*its)))
+    with pytest.raises(ZeroDivisionError):
+        run(*words, "sweep.points=5")
+    monkeypatch.setattr(runner, "write_picture", write)
+    calls = Calls(run.lab.model)
+    assert not run(*words, "sweep.points=5")[0].failures
+    calls.hook.remove()
+    assert calls.count == 0
+    assert len(pictures(tmp_path / "out")) == 5
+    assert not list(tmp_path.rglob("out/**/*.safetensors"))
+
+
 def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     found, _ = run("axes.method.guidance=3,1e38,5")
     assert [record["point"] for record in found.failures] == ["method.guidance=1e38"]
