@@ -18,12 +18,12 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image, ImageChops, ImageFilter
 from rich.console import Console
 
-from masafusion_lab import bench, config, interrupt, protocol, publish, tables
+from masafusion_lab import bench, config, interrupt, protocol, tables
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import replacing, write_text
+from masafusion_lab.runs import replacing, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
 
 SIDE = 1.15
@@ -65,7 +65,7 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
         scorer = Scorer.of(made.protocol, next(iter(made.rows.values())).bench.encoders)
         records = bench.score(made, scorer, track=bar)
     found = tables.tables(records, made.protocol)
-    publish.write_parquet(made.folder / "results.parquet", records)
+    write_parquet(made.folder / "results.parquet", records)
     write_text(made.folder / "table.md", tables.as_markdown(found))
     for table in found:
         Console(width=240).print(tables.as_rich(table))

@@ -1,9 +1,11 @@
-"""What a benchmark of many edits takes on 1, 8 or 64 devices, from what one edit of each method takes on this one.
+"""What a benchmark takes on 1, 8 or 64 devices, from what an edit of each of its rows takes on this one.
 
-    python -m experiments.scale [--edits 1053] [--methods masafusion,plain] [--devices 1,8,64] [--json FILE] [KEY=VALUE]
+    python -m experiments.scale [--config FILE] [--edits 1053] [--cases 1] [--devices 1,8,64] [--json FILE] [KEY=VALUE]
 
-Each method edits the built-in example once, with a fresh inversion; the time to load the model is measured too, and
-paid by every worker. Workers take the next edit when they are free, as in launch.py, the longest methods first.
+Each row of the benchmark (Table 1's ten) edits the same few cases; as in the benchmark, an inversion that several rows
+read is paid by the first. Workers pay for loading the model, and then take the next part when they are free, as in
+launch.py, the longest rows first. A row that cannot run here is named and left out. Of the published model and set:
+--config configs/table1_magicbrush.yaml bench.root=FOLDER pidinet=table5_pidinet.pth.
 """
 
 from __future__ import annotations
@@ -14,36 +16,38 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import config, phases
+from masafusion_lab import bench, phases, publish
 from masafusion_lab.forecast import duration
-from masafusion_lab.methods import METHODS
 from masafusion_lab.progress import bar
-from masafusion_lab.request import cases_of, read
-from masafusion_lab.runs import read_json, write_json
+from masafusion_lab.runs import write_json
 
 
-def costs(methods: Sequence[str], words: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """Seconds to load the model, and of one edit by method."""
-    with tempfile.TemporaryDirectory() as folder:
-        base = read([f"store={folder}/store", *words], [])
-        start = time.perf_counter()
-        model = phases.build(base).model
-        loading, found = time.perf_counter() - start, {}
-        for method in methods:
-            experiment = config.load(words=[f"method.name={method}", f"store={folder}/{method}-store"], base=base)
-            lab = phases.build(experiment, model=model, track=bar)
-            (out,) = phases.edit(lab, cases_of(experiment), Path(folder) / method)
-            found[method] = sum(read_json(out / "result.json")["seconds"].values())
-        return loading, found
+def costs(file: Path, count: int, words: Sequence[str], folder: Path) -> tuple[float, dict[str, float], dict[str, str]]:
+    """Seconds to load a model, of an edit by row, and why a row has none."""
+    places = [f"bench.count={count}", f"bench.sessions={count}", f"out={folder}", f"store={folder / 'store'}"]
+    _, made = bench.read([file], [*places, *words])
+    made = replace(made, cases=made.cases[:count], settings=("single",))
+    start = time.perf_counter()
+    phases.build(next(reversed(made.rows.values())))
+    loading = time.perf_counter() - start
+    bench.edit(made, track=bar)
+    found = publish.progress(made)
+    lost = {name: bench.error_of(made.place(name, "single", made.cases[0]), row) for name, row in made.rows.items()}
+    return (
+        loading,
+        {name: its.seconds / its.done for name, its in found.items() if its.done},
+        {name: why or "failed" for name, why in lost.items() if not found[name].done},
+    )
 
 
 def makespan(seconds: Mapping[str, float], edits: int, devices: int, loading: float) -> float:
-    """Seconds until the last of the edits of all methods is done, each device taking the next one when it is free."""
+    """Seconds until the last of the edits of all rows is done, each device taking the next one when it is free."""
     free = [loading] * devices
     for each in sorted(seconds.values(), reverse=True):
         for _ in range(edits):
@@ -54,21 +58,29 @@ def makespan(seconds: Mapping[str, float], edits: int, devices: int, loading: fl
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", type=int, default=1053, help="of each method; 1053 is MagicBrush's test set")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas")
+    table1 = Path(__file__).parents[1] / "configs" / "table1_picturebook.yaml"
+    parser.add_argument("--config", type=Path, default=table1, help="of the benchmark")
+    parser.add_argument("--edits", type=int, default=1053, help="of each row; 1053 is MagicBrush's test set")
+    parser.add_argument("--cases", type=int, default=1, help="that are measured")
     parser.add_argument("--devices", default="1,8,64", help="separated by commas")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("words", nargs="*", help="key=value settings, such as model.path=CompVis/stable-diffusion-v1-4")
     given = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING)
-    loading, seconds = costs(given.methods.split(","), given.words)
+    logging.basicConfig(level=logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        loading, seconds, lost = costs(given.config, given.cases, given.words, Path(folder) / "bench")
     found = {int(n): makespan(seconds, given.edits, int(n), loading) for n in given.devices.split(",")}
-    table = Table("devices", "time", "device hours", title=f"{given.edits} edits x {len(seconds)} methods")
+    rows = Table("row", "seconds an edit")
+    for name, each in seconds.items():
+        rows.add_row(name, f"{each:.1f}")
+    table = Table("devices", "time", "device hours", title=f"{given.edits} edits x {len(seconds)} rows")
     for devices, spent in found.items():
         table.add_row(str(devices), duration(spent), f"{devices * spent / 3600:.1f}")
-    Console().print(table)
+    Console().print(rows, table)
+    for name, why in lost.items():
+        print(f"left out: {name}: {why}")
     if given.json:
-        write_json(given.json, {"loading": loading, "seconds": seconds, "makespan": found})
+        write_json(given.json, {"loading": loading, "seconds": seconds, "lost": lost, "makespan": found})
 
 
 if __name__ == "__main__":

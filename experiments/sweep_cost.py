@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from masafusion_lab import config, launch, phases, survey
+from masafusion_lab.axes import Launch
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.forecast import count, speed
-from masafusion_lab.launch import Worker
 from masafusion_lab.progress import bar
 from masafusion_lab.request import cases_of, read
 from masafusion_lab.runner import Runner
@@ -116,33 +115,32 @@ def workers(steps: int, grid: int, number: int, folder: Path, words: Sequence[st
         write_text(folder / out / "config.yaml", config.to_yaml(experiment))
         return folder / out
 
+    how = Launch("local", workers=2)
+    two = launch.workers("sweep", prepared(every, "two"), how, every.model.device)
+    apart = [replace(worker, folder=str(prepared(half, f"half-{n}")))
+             for n, (worker, half) in enumerate(zip(two, halves, strict=True))]  # fmt: skip
     start = time.perf_counter()
-    started = [launch.start(Worker("sweep", str(prepared(half, f"half-{n}")), "cpu", 1), n, folder / f"half-{n}")
-               for n, half in enumerate(halves)]  # fmt: skip
-    for process in started:
+    for process in [launch.start(worker, n, Path(worker.folder)) for n, worker in enumerate(apart)]:
         process.wait()
     in_halves, start = time.perf_counter() - start, time.perf_counter()
-    two = [Worker("sweep", str(prepared(every, "two")), "cpu", 1)] * 2
-    launch.local(two, every.launch, folder / "two")
+    launch.local(two, how, folder / "two")
     efficiency = in_halves / (time.perf_counter() - start)
-    start_of = launch.start
+    place, started, start_of = prepared(every, "killed"), list[Any](), launch.start
 
-    def killed(worker: Worker, n: int, place: Path) -> Any:
-        process = start_of(worker, n, place)
-        if n == 0 and not (place / "killed").exists():
-            (place / "killed").touch()
-            while not list(place.glob("cases/*/*.safetensors")) and process.poll() is None:
-                time.sleep(0.05)  # in the middle of an item
-            os.kill(process.pid, signal.SIGKILL)
-        return process
+    def kill() -> None:
+        while not list(place.glob("cases/*/*.safetensors")):  # until a worker is in the middle of an item
+            time.sleep(0.02)
+        started[0].kill()
 
-    launch.start = killed  # type: ignore[assignment]
-    launch.local([replace(worker, folder=str(prepared(every, "killed"))) for worker in two[:1]] * 2, every.launch,
-                 folder / "killed")  # fmt: skip
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    launch.start = lambda *its: started.append(start_of(*its)) or started[-1]  # type: ignore[func-returns-value]
+    launch.local([replace(worker, folder=str(place)) for worker in two], how, place)
     launch.start = start_of
     made = [{p.relative_to(folder / out): p.read_bytes() for p in (folder / out).rglob("target.png")}
             for out in ("one", "two", "killed")]  # fmt: skip
-    return {"launcher_equal": made[0] == made[1] == made[2], "launcher_efficiency": efficiency}
+    was_killed = len(started) == 3
+    return {"launcher_equal": was_killed and made[0] == made[1] == made[2], "launcher_efficiency": efficiency}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,8 @@ class Sweep:
     """Points: every combination of values; the first values, the second ...; at random; or where Optuna looks next."""
     points: int = 20
     """Of a random sweep and of a search how many."""
+    halvings: int = 0
+    """Of a search: how often the worse half of what is tried together is given up, first after steps / 2^halvings."""
     study: str = ""
     """Journal of a search, which several runs may share; empty: in the run's folder."""
     most: int = 10000
@@ -30,12 +32,12 @@ class Sweep:
     retry: bool = False
     """Whether points that failed before are tried again."""
     objective: str = ""
-    """What is best: a measure, or of two the trade-off, kept,edited; empty: that."""
+    """What is best: a measure, or of two the trade-off, as done or psnr_area,clip_t; empty: of kept against edited."""
 
 
 @dataclass
 class Launch:
-    """Who runs the items of a sweep or of an inversion."""
+    """Who runs the items of a benchmark, a sweep or an inversion."""
 
     by: Literal["here", "local", "ray", "submitit"] = "here"
     """here: this process; local: processes on this machine; ray: a Ray cluster; submitit: a SLURM array."""
@@ -49,7 +51,7 @@ class Launch:
     """Of a SLURM job, after which it is queued again and goes on."""
 
 
-RUNNING = ("rows", "retry", "most", "points", "objective", "study")
+RUNNING = ("rows", "retry", "most", "points", "halvings", "objective", "study")
 """Keys that change how fast and how far a sweep runs and what is called best, never what a point gives."""
 
 VARIED = ("seed", "dilate", "steps", "size")
@@ -118,10 +120,10 @@ def points(axes: Sequence[Axis], how: Sweep, seed: int = 0) -> list[dict[str, st
     return [dict(zip((axis.key for axis in axes), its, strict=True)) for its in combine(*(a.values for a in axes))]
 
 
-def window(text: str) -> tuple[int, int] | None:
-    """The ends of a value that is a window, [a,b]; None of another."""
-    match = re.fullmatch(r"\[\s*(\d+)\s*,\s*(\d+)\s*\]", text)
-    return (int(match[1]), int(match[2])) if match else None
+def window(text: str) -> tuple[float, float] | None:
+    """The ends of a value that is a window, [a,b], in steps or in fractions; None of another."""
+    match = re.fullmatch(r"\[\s*(\d+\.?\d*)\s*,\s*(\d+\.?\d*)\s*\]", text)
+    return (float(match[1]), float(match[2])) if match else None
 
 
 def coordinates(values: Mapping[str, str]) -> dict[str, float | str]:

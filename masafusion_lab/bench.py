@@ -89,6 +89,15 @@ class Benchmark:
         """The folder of a cell."""
         return self.place(cell.row, cell.setting, cell.case)
 
+    def parts(self) -> Iterator[Benchmark]:
+        """What one process edits at a time: of a row as many cases that stand alone, or sessions, as it batches."""
+        units = [*([case] for case in self.cases if case.session is None), *self.sessions.values()]
+        for name, row in self.rows.items():
+            size = _together(row)
+            for k in range(0, len(units), size):
+                its = [case for unit in units[k : k + size] for case in unit]
+                yield replace(self, rows={name: row}, cases=its)
+
 
 def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tuple[config.Experiment, Benchmark]:
     """The experiment of a call and its benchmark. Raises InputError with all that is wrong, before a model is read."""
@@ -115,20 +124,24 @@ def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tu
     folder = Path(base.out or OUT)
     turns = ("single", "multi") if base.bench.turns == "both" else (base.bench.turns,)
     found = sets.cases(base.bench, folder, Path(base.pidinet) if base.pidinet else None)
+    if turns == ("multi",) and not any(case.session for case in found):
+        raise InputError("bench.turns=multi: there are no sessions; raise bench.sessions, or take bench.turns=single")
     return replace(base, out=str(folder)), Benchmark(folder, rows, found, turns, protocol.of(base.bench))
 
 
-def edit(bench: Benchmark, *, track: Track = silent) -> None:
+def edit(
+    bench: Benchmark, *, labs: Callable[[str, config.Experiment], Lab | str] | None = None, track: Track = silent
+) -> None:
     """Edit what is not done yet. A case that fails is on record in its folder, with the reason, and stops no other.
 
-    Raises InputError for what would fail every other case too, such as a full disk.
+    `labs`: of `labs_of_rows()`, whose last model is used on. Raises InputError for what would fail every other
+    case too, such as a full disk.
     """
-    rows = {name: list(bench.cells(name)) for name in bench.rows}
-    labs = _labs(bench)
+    lab_of = labs or labs_of_rows()
     with _unwarned():
-        for batch in track([batch for cells in rows.values() for batch in _batches(cells, bench)], "editing"):
+        for batch in track([batch for name in bench.rows for batch in _batches(name, bench)], "editing"):
             row = bench.rows[batch[0].row]
-            lab, ready = labs(batch[0].row, row), []
+            lab, ready = lab_of(batch[0].row, row), []
             for cell in batch:
                 if isinstance(lab, str):
                     if error_of(bench.at(cell), row) is not None:
@@ -150,12 +163,12 @@ def _unwarned() -> Iterator[None]:
         pictures.log.setLevel(level)
 
 
-def _batches(cells: Sequence[Cell], bench: Benchmark) -> Iterator[list[Cell]]:
-    """Cells that are edited together: of one row, setting and turn; a first turn once."""
+def _batches(row: str, bench: Benchmark) -> Iterator[list[Cell]]:
+    """Cells of a row that are edited together: of one setting and turn; a first turn once."""
     left: dict[Path, Cell] = {}
-    for cell in cells:
+    for cell in bench.cells(row):
         left.setdefault(bench.at(cell), cell)
-    size = _together(bench.rows[cells[0].row])
+    size = _together(bench.rows[row])
     for _, kin in groupby(left.values(), key=lambda cell: (cell.setting, cell.setting == "multi" and cell.case.turn)):
         its = list(kin)
         yield from (its[k : k + size] for k in range(0, len(its), size))
@@ -168,7 +181,7 @@ def _together(row: config.Experiment) -> int:
     return 1
 
 
-def _labs(bench: Benchmark) -> Callable[[str, config.Experiment], Lab | str]:
+def labs_of_rows() -> Callable[[str, config.Experiment], Lab | str]:
     """What gives the lab of a row, or why it has none; rows of one model, one after the other, share it."""
     last: dict[str, Any] = {}
 
@@ -242,8 +255,8 @@ def error_of(place: Path, row: config.Experiment) -> str | None:
     result = read_json(place / "result.json")
     if not result:
         return "not edited yet"
-    now = changes(row, *chosen(row)) | {"batch": None}
-    same = json.loads(json.dumps(now)) == result["changed"] | {"batch": None}
+    aside = {"batch": None, "model.device": None}
+    same = json.loads(json.dumps(changes(row, *chosen(row)))) | aside == result["changed"] | aside
     return None if same else "edited under other settings; run the benchmark again"
 
 

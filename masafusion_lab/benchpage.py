@@ -12,9 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.metrics import MEASURES
+from masafusion_lab.plots import save
 from masafusion_lab.protocol import Protocol
 from masafusion_lab.report import INK, page
 from masafusion_lab.runs import case_folder, replacing, write_text
@@ -101,7 +103,10 @@ def contact(
         for name, picture in (("source", cases[case].image), ("truth", cases[case].truth)):
             if picture is not None:
                 thumb = case_folder(folder / "thumbs", case).with_suffix(f".{name}.png")
-                _thumbnail(open_picture(picture), thumb)
+                try:
+                    _thumbnail(open_picture(picture), thumb)
+                except InputError:  # said where the case failed, or is not scored
+                    continue
                 given.append(thumb.relative_to(folder).as_posix())
         lines.append(Line(cases[case], given, apart, out))
     return sorted(lines, key=lambda line: -line.apart)
@@ -120,11 +125,10 @@ def _plot(path: Path, draw: Callable[[Figure], bool]) -> Path | None:
     """Write what `draw` makes of a figure, if it has something to show."""
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                                 "text.color": INK, "axes.labelcolor": INK}):  # fmt: skip
-        figure = Figure(figsize=(9, 4.2), dpi=130, layout="constrained")
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
         if not draw(figure):
             return None
-        with replacing(path) as partial:
-            figure.savefig(partial, metadata={"Software": None})
+        save(figure, path)
     return path
 
 

@@ -162,13 +162,17 @@ def bench(
     """
     from masafusion_lab import bench as benches
     from masafusion_lab import publish
+    from masafusion_lab.launch import launch
 
     experiment, benchmark = benches.read(files or (), words or (), quick)
     if status:
         publish.print_progress(benchmark)
         return
-    with recorded(experiment):
-        benches.edit(benchmark, track=bar)
+    with recorded(experiment) as folder:
+        if experiment.launch.by == "here":
+            benches.edit(benchmark, track=bar)
+        else:
+            launch("bench", folder, experiment.launch, experiment.model.device)
         failed = publish.print_scores(experiment, benchmark)
     if failed:
         raise typer.Exit(1)

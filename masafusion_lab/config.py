@@ -88,7 +88,7 @@ class Experiment:
     pidinet: str = ""
     """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
     cases: str = ""
-    """Of invert: a folder of pictures, or a manifest .csv, .jsonl or .yaml."""
+    """A folder of pictures, a manifest .csv, .jsonl or .yaml, or picturebook:8, the world's first 8 test edits."""
     size: str = ""
     """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
     dilate: int = 0

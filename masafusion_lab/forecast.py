@@ -70,7 +70,8 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
 
     Sets the runner's rows. Raises InputError for a point that cannot be run, and for an axis that changes nothing.
     """
-    path, made_of = survey.folder / "plan.json", [*(point.name for point in survey.points), rows]
+    path, names = survey.folder / "plan.json", [*(p.name for p in survey.points), *(case.id for case in survey.cases)]
+    made_of = [*names, rows]
     if (kept := read_json(path)).get("made_of") == made_of:
         runner.rows = kept["rows"]
         proofs = tuple(Proof(**{**proof, "values": tuple(proof["values"])}) for proof in kept["proofs"])

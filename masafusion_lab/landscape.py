@@ -1,62 +1,54 @@
-"""A sweep's results as numbers: measures of a picture, which point is best, and how much each axis matters."""
+"""A sweep's results as numbers: what is measured, which point is best, and how much each axis matters."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
-from masafusion_lab.editor import psnr
 from masafusion_lab.keys import suggest
-from masafusion_lab.lab import Lab
+from masafusion_lab.metrics import MEASURES
+from masafusion_lab.ranks import ranks
 
 Record: TypeAlias = Mapping[str, Any]
 """A point on a case, see `Survey.records`."""
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What a number is called, which way it is better, and its decimals."""
+def objective(text: str, cases: Sequence[Case]) -> list[str]:
+    """The measures that "done" or "psnr_area,clip_t" names; of "" two that trade off: what is kept, what is edited.
 
-    title: str
-    higher_is_better: bool
-    digits: int = 2
-
-
-MEASURES = {
-    "kept": Measure("kept outside the region, dB", True),
-    "hit": Measure("truth met inside the region, dB", True),
-    "l1": Measure("L1 to the truth", False, 4),
-    "changed": Measure("changed inside the region, L1", True, 4),
-}
-IDENTICAL = 100.0
-"""dB of pictures that are equal."""
+    Raises InputError for a name that is no measure.
+    """
+    for name in (names := [name.strip() for name in text.split(",") if name.strip()]):
+        if name not in MEASURES:
+            said = f"{name} is not one of {', '.join(MEASURES)}{suggest(name, MEASURES)}"
+            raise InputError(f"sweep.objective={text}: {said}")
+    if names:
+        return names
+    if any(case.mask is None for case in cases):
+        return ["psnr_whole", "clip_t"]
+    return ["psnr_area", "changed" if any(case.truth is None for case in cases) else "hit"]
 
 
-def measures(edited: Tensor, case: Case, lab: Lab) -> dict[str, float]:
-    """The MEASURES of an edited picture (3, H, W) in [0, 1] of a case, those that are known, at its working size."""
-    prepared = lab.prepare(case)
-    source, inside = prepared.pixels, slice(None)
-    outside: Any = slice(None)
-    if prepared.mask_full is not None:
-        inside = prepared.mask_full[0] > 0.5  # type: ignore[assignment]
-        outside = ~inside  # type: ignore[operator]
-    found = {
-        "kept": min(IDENTICAL, psnr(edited[:, outside], source[:, outside])),
-        "changed": float((edited - source)[:, inside].abs().mean()),
+def columns(goals: Sequence[str], cases: Sequence[Case]) -> list[str]:
+    """What is measured on these cases: the goals, and all that needs no network but the judge."""
+    region, truth = (any(getattr(case, name) is not None for case in cases) for name in ("mask", "truth"))
+    usual = {
+        "psnr_area": region,
+        "hit": region and truth,
+        "l1": truth,
+        "changed": region,
+        "psnr_whole": not region,
+        "done": any(case.drawn is not None for case in cases),
     }
-    if case.truth is not None:
-        there = replace(lab, size="x".join(map(str, source.shape[:0:-1])))
-        truth = there.prepare(replace(case, image=case.truth, mask=None, hints={})).pixels
-        found["hit"] = min(IDENTICAL, psnr(edited[:, inside], truth[:, inside]))
-        found["l1"] = float((edited - truth).abs().mean())
-    return found
+    return list(dict.fromkeys([*goals, *(name for name, there in usual.items() if there)]))
 
 
 def known(records: Sequence[Record]) -> list[str]:
@@ -64,24 +56,16 @@ def known(records: Sequence[Record]) -> list[str]:
     return [name for name in MEASURES if any(name in record for record in records)]
 
 
+def scaled(record: Record) -> dict[str, Any]:
+    """The same with its measures as they are shown, so many `times` their values."""
+    return {**record, **{name: record[name] * MEASURES[name].times for name in known([record])}}
+
+
 def dimensions(records: Sequence[Record]) -> list[str]:
     """The coordinates that differ between points."""
-    fixed = {"case", "point", "picture", "error", *MEASURES}
+    fixed = {"case", "point", "picture", "missing", "error", *MEASURES}
     names = dict.fromkeys(name for record in records for name in record if name not in fixed)
     return [name for name in names if len({record.get(name) for record in records}) > 1]
-
-
-def objective(text: str, records: Sequence[Record]) -> list[str]:
-    """The measures that "kept" or "kept,hit" names; of "" those that trade off. Raises InputError for others."""
-    there = known(records)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    all_hit = bool(records) and all("hit" in record or record["error"] for record in records)
-    names = names or ["kept", "hit" if all_hit else "changed"]
-    for name in names:
-        if name not in MEASURES or (there and name not in there):
-            said = ", ".join(there or MEASURES)
-            raise InputError(f"sweep.objective={text}: {name} is not one of {said}{suggest(name, there or MEASURES)}")
-    return names
 
 
 def scores(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -91,21 +75,14 @@ def scores(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], 
     """
     points = list(dict.fromkeys(record["point"] for record in records))
     cases = list(dict.fromkeys(record["case"] for record in records))
-    values = np.full((len(names), len(cases), len(points)), np.nan)
+    values = torch.full((len(cases), len(points), len(names)), math.nan, dtype=torch.float64)
     for record in records:
-        for m, name in enumerate(names):
-            values[m, cases.index(record["case"]), points.index(record["point"])] = record.get(name, math.nan)
-    signs = np.array([1 if MEASURES[name].higher_is_better else -1 for name in names])[:, None, None]
-    return points, np.stack([[_rank(row) for row in its] for its in signs * values]).mean(0)
-
-
-def _rank(row: np.ndarray) -> np.ndarray:
-    """The part of the others that each number beats, half of those that it equals; NaN of NaN."""
-    there = row[~np.isnan(row)]
-    if len(there) < 2:
-        return np.where(np.isnan(row), np.nan, 0.5)
-    beaten = (row[:, None] > there).sum(1) + 0.5 * ((row[:, None] == there).sum(1) - 1)
-    return np.where(np.isnan(row), np.nan, beaten / (len(there) - 1))
+        its = torch.tensor([record.get(name, math.nan) for name in names], dtype=torch.float64)
+        values[cases.index(record["case"]), points.index(record["point"])] = its
+    higher = [MEASURES[name].higher_is_better for name in names]
+    rank = torch.stack([ranks(case, higher) for case in values])
+    others = values.isfinite().sum(1, keepdim=True) - 1
+    return points, ((others + 1 - rank) / others).where((others > 0) | rank.isnan(), 0.5).mean(-1).numpy()
 
 
 @dataclass(frozen=True)
@@ -121,13 +98,15 @@ class Recommendation:
 
 
 def recommend(records: Sequence[Record], names: Sequence[str]) -> Recommendation | None:
-    """Which point to take; None if none was made on every case."""
+    """Which point to take; None if none was made on every case, but those on which all failed."""
     points, score = scores(records, names)
+    made = ~np.isnan(score).all(1)
+    cases = list(itertools.compress(dict.fromkeys(record["case"] for record in records), made))
+    score = score[made]
     whole = ~np.isnan(score).any(0)
-    if not whole.any():
+    if not cases or not whole.any():
         return None
     usable = np.where(whole, score, -np.inf)
-    cases = list(dict.fromkeys(record["case"] for record in records))
     by_case = {case: points[int(np.nanargmax(row))] for case, row in zip(cases, score, strict=True)}
     draws = np.random.default_rng(0).integers(len(cases), size=(1000, len(cases)))
     winners = [points[n] for n in usable[draws].mean(1).argmax(1)]
@@ -143,7 +122,7 @@ def means(records: Sequence[Record]) -> list[dict[str, Any]]:
             found.setdefault(record["point"], []).append(record)
     return [
         {
-            **{key: value for key, value in its[0].items() if key not in ("case", "picture", "error")},
+            **{key: value for key, value in its[0].items() if key not in ("case", "picture", "missing", "error")},
             **{name: float(np.mean([r[name] for r in its if name in r])) for name in known(its)},
         }
         for its in found.values()
@@ -164,6 +143,7 @@ def importance(points: Sequence[Record], names: Sequence[str], measure: str) -> 
 
     Numbers of more than eight values are taken in five groups of equal size.
     """
+    points = [point for point in points if measure in point]
     values = np.array([point[measure] for point in points])
     total = values.var()
     found = {}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Task: TypeAlias = Literal["bench", "sweep", "invert"]
+
 AGAIN = 3
 """Times that a worker which died is started again."""
 
@@ -37,7 +39,7 @@ AGAIN = 3
 class Worker:
     """What a worker is told: the task, the run folder whose config.yaml it reads, its device, and its threads."""
 
-    task: Literal["sweep", "invert"]
+    task: Task
     folder: str
     device: str
     threads: int
@@ -65,6 +67,17 @@ class Worker:
         return submitit.helpers.DelayedSubmission(self)
 
 
+def _bench(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The parts of a benchmark by name."""
+    from masafusion_lab import bench
+    from masafusion_lab.runs import case_folder
+
+    _, made = bench.read([folder / "config.yaml"], [f"model.device={device}", f"out={folder}"])
+    labs = bench.labs_of_rows()
+    for n, part in enumerate(made.parts()):
+        yield f"{case_folder(Path(), *part.rows)}-{n}", partial(bench.edit, part, labs=labs)
+
+
 def _sweep(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """The items of a sweep by name."""
     from masafusion_lab import config, lab, survey
@@ -89,14 +102,18 @@ def _invert(folder: Path, device: str) -> Iterator[tuple[str, Callable[[], None]
     lab = phases.build(experiment)
 
     def one(case: Case) -> None:
-        for _ in phases.invert(lab, [case]):
-            pass
+        try:
+            list(phases.invert(lab, [case]))
+        except (InputError, ArithmeticError) as error:
+            if isinstance(error.__cause__, OSError):  # a full disk, which fails every other case too
+                raise
+            log.warning("%s: %s", case.id, error)  # whoever reads the record meets it again
 
     for case in cases_of(experiment):
         yield str(case_folder(Path(), case.id)), partial(one, case)
 
 
-TASKS = {"sweep": _sweep, "invert": _invert}
+TASKS = {"bench": _bench, "sweep": _sweep, "invert": _invert}
 """By name the items of a run folder, each with what runs it; an item that is done runs in no time."""
 
 
@@ -116,7 +133,7 @@ def claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def launch(task: Literal["sweep", "invert"], folder: Path, how: Launch, device: str = "auto") -> None:
+def launch(task: Task, folder: Path, how: Launch, device: str = "auto") -> None:
     """Run the items of a run folder by several workers. Raises InputError if a launcher is not installed.
 
     Whether all was done is for the caller to see: workers may have died.
@@ -124,7 +141,7 @@ def launch(task: Literal["sweep", "invert"], folder: Path, how: Launch, device: 
     LAUNCHERS[how.by](workers(task, folder, how, device), how, folder)
 
 
-def workers(task: Literal["sweep", "invert"], folder: Path, how: Launch, device: str) -> list[Worker]:
+def workers(task: Task, folder: Path, how: Launch, device: str) -> list[Worker]:
     """One for each device, or as many as are asked for, which share the devices and the cores."""
     import torch
 
@@ -147,6 +164,8 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
                 if n in running and running[n].poll() is None:
                     continue
                 if n in running and running[n].returncode in (0, 2):
+                    if running[n].returncode:
+                        log.warning("worker %d cannot go on; why is the last line of worker-%d.log", n, n)
                     del left[n]
                     continue
                 if n in running:

@@ -18,6 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from masafusion_lab import InputError
 
+EMPTY = "the mask is empty"
 IDENTICAL = 100.0
 """dB of two pictures that are equal, or so nearly that 8 bits cannot tell; infinity has no mean."""
 
@@ -115,7 +116,7 @@ def structure(a: Tensor, b: Tensor) -> Tensor:
 
 def cut_out(picture: Tensor, mask: Tensor) -> Tensor:
     """The smallest rectangle of a picture that holds the mask."""
-    rows, columns = (_some(mask, "the mask is empty")[0].amax(dim).nonzero().flatten() for dim in (1, 0))
+    rows, columns = (_some(mask, EMPTY)[0].amax(dim).nonzero().flatten() for dim in (1, 0))
     return picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -200,8 +201,14 @@ def _clip_score(shown: Callable[[Pair], Tensor]) -> Of:
     return lambda pair, see: (100 * cosine(see.clip(shown(pair)), see.text(pair.target))).clamp(min=0)
 
 
-def _blacked_out(pair: Pair) -> Tensor:
-    return pair.at_source * _some(_mask(pair), "the mask is empty")
+def _changed(pair: Pair, see: Encoders) -> Tensor:
+    return (pair.at_source - pair.source).abs()[:, _some(_mask(pair), EMPTY)[0] > 0].mean()
+
+
+def _hit(pair: Pair, see: Encoders) -> Tensor:
+    at_truth, truth = _truth(pair)
+    inside = F.interpolate(_some(_mask(pair), EMPTY)[None], truth.shape[-2:])[0]
+    return psnr(mse_kept(at_truth, truth, 1 - inside, area=True))
 
 
 @dataclass(frozen=True)
@@ -233,13 +240,17 @@ MEASURES: dict[str, Measure] = {
     "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 2, 1e4),
     "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 2, 1e2),
     "clip_whole": Measure("CLIP whole", True, _clip_score(lambda pair: pair.edited), 2),
-    "clip_edited": Measure("CLIP edited", True, _clip_score(_blacked_out), 2),
+    "clip_edited": Measure("CLIP edited", True, _clip_score(lambda p: p.at_source * _some(_mask(p), EMPTY)), 2),
     # the same, with levels of 0 to 1, and independent of how large the region is
     "structure_unit": Measure("structure, levels 0-1, x1e3", False, _structure(1), 2, 1e3),
     "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), 2),
     "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 2, 1e4),
     "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 2, 1e2),
     "clip_cut": Measure("CLIP edited, cut out", True, _clip_score(lambda p: cut_out(p.at_source, _mask(p))), 2),
+    # what a sweep trades off: is the edit made, and in the region alone
+    "psnr_whole": Measure("PSNR to the source", True, lambda p, see: psnr(l2(p.at_source, p.source)), 2),
+    "changed": Measure("L1 edited, to the source", True, _changed),
+    "hit": Measure("PSNR edited, to the target", True, _hit, 2),
     # the picture-book world's judge
     "done": Measure("edit done", True, lambda pair, see: see.done(pair.edited, pair.drawn), 2),
 }

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
-from masafusion_lab.landscape import MEASURES, Record, importance, pareto
+from masafusion_lab.landscape import Record, importance, pareto
+from masafusion_lab.metrics import MEASURES
 from masafusion_lab.report import INK, LINE, PAPER
 from masafusion_lab.runs import replacing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +40,9 @@ SELECTING = ("rows", "only", "count", "sessions", "kinds", "encoders")
 
 NETWORKS = ("clip", "dino", "judge", "lpips")
 """Names of the networks that measures look through."""
+
+THROUGH = {"clip": "clip", "dino": "dino", "structure": "dino", "lpips": "lpips", "done": "judge"}
+"""By the first part of a measure's name the network that it looks through."""
 
 QUICK = {"count": 7, "sessions": 1}
 """Of bench --quick: ten cases of the picture-book world."""
@@ -93,6 +96,14 @@ PROTOCOLS = {
     )
 }
 """Name to protocol."""
+
+
+def of_sweep(columns: Sequence[str], goals: Sequence[str], *, built_in: bool) -> Protocol:
+    """That of a sweep: networks of the picture-book world or else MagicBrush's, those through which a column looks."""
+    base = PROTOCOLS["picturebook" if built_in else "magicbrush"]
+    places = {"judge": "picturebook/judge", "lpips": "squeeze", **base.encoders}
+    used = {THROUGH[part] for column in columns if (part := column.split("_")[0]) in THROUGH}
+    return Protocol("sweep", tuple(columns), tuple(goals), {n: places[n] for n in sorted(used)}, base.views)
 
 
 def of(bench: Bench) -> Protocol:

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +21,7 @@ from masafusion_lab import benchpage, config, tables
 from masafusion_lab.bench import Benchmark, error_of, score
 from masafusion_lab.loading import choose_device
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import case_folder, read_json, replacing, write_text
+from masafusion_lab.runs import case_folder, read_json, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
 from masafusion_lab.tables import Record
 from masafusion_lab.tracking import log_table, recording
@@ -158,14 +157,3 @@ def as_magicbrush(bench: Benchmark) -> None:
                 os.link(picture, link)
             except OSError:  # a file system without links
                 shutil.copyfile(picture, link)
-
-
-def write_parquet(path: Path, records: Sequence[Record]) -> None:
-    """Write records as one Parquet file, the same bytes for the same records."""
-    try:
-        from pyarrow import Table, parquet
-    except ImportError:
-        log.warning("%s is not written: pip install pyarrow", path)
-        return
-    with replacing(path) as partial:
-        parquet.write_table(Table.from_pylist([dict(record) for record in records]), partial, compression="zstd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def _missing(e: config.Experiment) -> Iterator[str]:
         yield "image: missing; give image=FILE, or cases=FOLDER"
     for key in config.FILES:
         value = getattr(e, key)
-        if value and not (value == "auto" and key in ("mask", "sketch", "canny")) and not os.path.exists(value):
+        known = (key in ("mask", "sketch", "canny") and value == "auto") or (key == "cases" and drawn_cases(value))
+        if value and not known and not os.path.exists(value):
             yield f"{key}={value}: no such file"
     if e.model.path.startswith(("/", ".", "~")) and not Path(e.model.path).expanduser().is_dir():
         yield f"model.path={e.model.path}: no such folder"
@@ -58,12 +60,22 @@ def _wrong_for_an_edit(e: config.Experiment) -> Iterator[str]:
         yield "sketch=auto: give the weights that draw it, pidinet=FILE (table5_pidinet.pth), or take canny=auto"
 
 
+def drawn_cases(cases: str) -> int:
+    """How many of the picture-book world's test edits "picturebook:8" names; 0 of anything else."""
+    match = re.fullmatch(r"picturebook:(\d{1,6})", cases)
+    return int(match[1]) if match else 0
+
+
 def cases_of(e: config.Experiment) -> list[Case]:
     """The cases that an experiment names, by `cases` or by `image` and what goes with it. Raises InputError."""
     from masafusion_lab import hints
     from masafusion_lab.data.case import Case
     from masafusion_lab.data.pictures import open_hint, open_picture
 
+    if count := drawn_cases(e.cases):
+        from masafusion_lab.data import picturebook
+
+        return list(picturebook.cases("test", count))
     if e.cases:
         from masafusion_lab.data.folder import read_cases
 

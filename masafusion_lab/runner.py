@@ -26,7 +26,6 @@ from masafusion_lab.editor import Editor, out_of_memory, precisely
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
-from masafusion_lab.landscape import measures
 from masafusion_lab.lockstep import Course, State
 from masafusion_lab.methods import Shareable
 from masafusion_lab.runs import (
@@ -87,18 +86,22 @@ class Runner:
         """
         works = self.works(case, points)
         left = [work for work in works if not work.is_settled]
-        if not left:
+        if not works:
             return
-        if not self.progress(works).exists():
-            works = left
         progress = self.progress(works)
-        works = self.ready(works)
+        if not left:
+            progress.unlink(missing_ok=True)
+            return
+        cut = under_way(progress)
+        works = self.ready([work for work in works if work.job.key in cut] or left)
         together = [work for work in works if work.course is not None]
         for some in [*([together] if together else []), *([work] for work in works if work.course is None)]:
             for work, target in self.targets(some, progress):
                 if not work.is_settled:
                     self.write(work, target)
         progress.unlink(missing_ok=True)
+        if cut:
+            self.run(case, points)  # those that were not under way then
 
     def works(self, case: Case, points: Sequence[Point]) -> list[Work]:
         """The points on a case, checked; one that cannot be is on record as failed."""
@@ -203,14 +206,12 @@ class Runner:
             if isinstance(target, Exception):
                 raise target
             edited = precisely(lab.model, job.case.id, lambda: lab.model.decode(target)[0].cpu())
-            with hushed():
-                taken = measures(edited, job.case, lab)
         except (ArithmeticError, RuntimeError) as error:
             self.fail(work.point, job.folder, job.key, error)
             return
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)
-        result = {"case": job.case.id, "point": work.point.values, "key": job.key, "measures": taken}
+        result = {"case": job.case.id, "point": work.point.values, "key": job.key}
         (job.folder / "error.json").unlink(missing_ok=True)
         finish_case(job.folder, {**result, "changed": lab.changed, "files": ["target.png"]})
 
@@ -238,6 +239,15 @@ def begun(path: Path, made_by: str) -> tuple[int, dict[str, Tensor]] | None:
     except (OSError, SafetensorError):
         pass
     return None
+
+
+def under_way(path: Path) -> list[str]:
+    """The keys of the points that were running when a chunk was cut short; none if it was not."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(json.loads((file.metadata() or {})["made_by"])[0])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return []
 
 
 @contextmanager

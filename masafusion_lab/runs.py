@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -119,6 +119,21 @@ def _strict(obj: Any) -> Any:
     if hasattr(obj, "item"):  # a number of torch or NumPy
         obj = obj.item()
     return str(obj) if isinstance(obj, float) and not math.isfinite(obj) else obj
+
+
+def write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as a Parquet file, the same bytes for the same records; a column of mixed types becomes text."""
+    from pyarrow import Table, parquet
+
+    columns = dict.fromkeys(name for record in records for name in record)
+    rows = [{name: record.get(name) for name in columns} for record in records]
+    for name in columns:
+        there = [row for row in rows if row[name] is not None]
+        if len({float if isinstance(row[name], int) else type(row[name]) for row in there}) > 1:
+            for row in there:
+                row[name] = str(row[name])
+    with replacing(path) as partial:
+        parquet.write_table(Table.from_pylist(rows), partial, compression="zstd")
 
 
 def read_json(path: Path) -> dict[str, Any]:

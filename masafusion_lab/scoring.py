@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from masafusion_lab.data.case import Case
+from masafusion_lab import InputError
+from masafusion_lab.data.case import Case, Picture
 from masafusion_lab.data.pictures import open_picture, region, tensor
 from masafusion_lab.encoders import Networks
 from masafusion_lab.metrics import Pair, measure
@@ -20,7 +22,7 @@ from masafusion_lab.protocol import Protocol
 from masafusion_lab.runs import read_json, write_json
 
 
-def pair(case: Case, picture: Path) -> Pair:
+def pair(case: Case, picture: Picture) -> Pair:
     """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)
@@ -60,13 +62,16 @@ class Scorer:
 
         What is there is taken if it was made by the same protocol and networks of the same edit, unless `again`.
         """
-        edited = read_json(folder / "result.json").get("key")
-        made_of = [self.protocol.name, self.protocol.version, self.protocol.columns, dict(self.facts), edited]
+        columns, edited = self.protocol.columns, read_json(folder / "result.json").get("key")
+        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         found = read_json(folder / "scores.json")
         if again or found.get("key") != key:
-            both = pair(case, folder / "target.png")
-            taken = {name: measure(name, both, self.networks) for name in self.protocol.columns}
+            try:
+                both = pair(case, folder / "target.png")
+            except InputError as error:  # such as a target picture that cannot be read; not kept, it may be mended
+                return dict.fromkeys(columns, math.nan), dict.fromkeys(columns, str(error))
+            taken = {name: measure(name, both, self.networks) for name in columns}
             found = {
                 "key": key,
                 "values": {name: value for name, (value, _) in taken.items()},

@@ -12,9 +12,11 @@ import numpy as np
 
 from masafusion_lab import InputError, axes, config, survey
 from masafusion_lab.axes import Axis
-from masafusion_lab.landscape import MEASURES, objective
+from masafusion_lab.landscape import Record, scores
+from masafusion_lab.metrics import MEASURES
 from masafusion_lab.runner import Runner
-from masafusion_lab.survey import Survey
+from masafusion_lab.scoring import Scorer
+from masafusion_lab.survey import Point, Survey
 
 log = logging.getLogger(__name__)
 
@@ -22,32 +24,42 @@ AT_ONCE = 8
 """Points that are asked for together, and share their rows."""
 
 
-def search(experiment: config.Experiment, surveyed: Survey, runner: Runner) -> Survey:
-    """Run points where the study looks next until `sweep.points` are finished; the survey of all of them.
+def search(experiment: config.Experiment, surveyed: Survey, runner: Runner, scorer: Scorer) -> Survey:
+    """Run points where the study looks next until `sweep.points` are finished; the survey of those that were made.
 
-    It goes on where it was. Raises InputError without Optuna, and for a study of another sweep.
+    With `sweep.halvings` by successive halving (Jamieson and Talwalkar 2016) whose resource is denoising steps: of the
+    points that are asked for together, the better half is run again in twice as many. It goes on where it was. Raises
+    InputError without Optuna, and for a study of another sweep.
     """
     try:
         from optuna.trial import TrialState
     except ImportError:
         raise InputError("sweep.kind=search: Optuna is not installed; pip install 'masafusion-lab[sweep]'") from None
     spanned = axes.read(experiment.axes)
-    usual = "kept,hit" if all(case.truth is not None for case in surveyed.cases) else "kept,changed"
-    goals = objective(experiment.sweep.objective or usual, [])
+    goals = scorer.protocol.ranked
     study = opened(experiment, surveyed.folder, spanned, goals)
+
+    def ran(points: Sequence[Point]) -> list[dict[str, Any]]:
+        now = replace(surveyed, points=points)
+        for case, chunk in now.items():
+            runner.run(case, chunk)
+        return now.records(scorer)
+
     while (left := experiment.sweep.points - len(finished(study))) > 0:
         trials = [study.ask() for _ in range(min(AT_ONCE, left))]
         asked = survey.points(experiment, [{axis.key: suggested(trial, axis) for axis in spanned} for trial in trials])
         for trial, point in zip(trials, asked, strict=True):
             trial.set_user_attr("point", dict(point.values))
-        unique = {point.name: point for point in asked}
-        now = replace(surveyed, points=list(unique.values()))
-        for case in surveyed.cases:
-            runner.run(case, now.points)
-        records = now.records()
+        points = list({point.name: point for point in asked}.values())
+        for halving in range(experiment.sweep.halvings, 0, -1):
+            records = ran([survey.shortened(point, experiment.steps >> halving) for point in points])
+            points = better_half(points, records, goals)
+        records = ran(points)
         for trial, point in zip(trials, asked, strict=True):
             its = [record for record in records if record["point"] == point.name]
-            if any(record["error"] for record in its):
+            if not its:
+                study.tell(trial, state=TrialState.PRUNED)
+            elif any(record["error"] or goal not in record for record in its for goal in goals):
                 trial.set_user_attr("failed", True)
                 study.tell(trial, state=TrialState.FAIL)
             else:
@@ -56,13 +68,23 @@ def search(experiment: config.Experiment, surveyed: Survey, runner: Runner) -> S
     values = [trial.user_attrs["point"] for trial in study.trials if "point" in trial.user_attrs]
     made = {point.name: point for point in survey.points(experiment, values)}
     whole = replace(surveyed, points=list(made.values()))
-    there = {record["point"] for record in whole.records() if record["error"] != "was not run"}
+    there = {record["point"] for record in whole.records(scorer) if record["error"] != survey.NOT_RUN}
     return replace(whole, points=[point for point in whole.points if point.name in there])
 
 
+def better_half(points: Sequence[Point], records: Sequence[Record], goals: Sequence[str]) -> list[Point]:
+    """The better half of the points by their records in fewer steps, and those that failed, to fail on record."""
+    _, score = scores(records, goals)
+    good = score.mean(0)
+    order = [n for n in np.argsort(-good, kind="stable") if not np.isnan(good[n])]
+    kept = {*order[: (len(order) + 1) // 2], *np.flatnonzero(np.isnan(good))}
+    return [point for n, point in enumerate(points) if n in kept]
+
+
 def finished(study: Any) -> list[Any]:
-    """The trials that ended, well or in failure, and were not left in the middle."""
-    return [trial for trial in study.trials if trial.state.name == "COMPLETE" or "failed" in trial.user_attrs]
+    """The trials that ended, well, given up or in failure, and were not left in the middle."""
+    ended = ("COMPLETE", "PRUNED")
+    return [trial for trial in study.trials if trial.state.name in ended or "failed" in trial.user_attrs]
 
 
 def opened(experiment: config.Experiment, folder: Path, spanned: Sequence[Axis], goals: Sequence[str]) -> Any:
@@ -75,12 +97,15 @@ def opened(experiment: config.Experiment, folder: Path, spanned: Sequence[Axis],
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(experiment.sweep.study or folder / "study.log")
     path.parent.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))),
-        study_name="sweep",
-        load_if_exists=True,
-        directions=["maximize" if MEASURES[goal].higher_is_better else "minimize" for goal in goals],
-    )
+    try:
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(path))),
+            study_name="sweep",
+            load_if_exists=True,
+            directions=["maximize" if MEASURES[goal].higher_is_better else "minimize" for goal in goals],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no journal of a study ({error}); take another sweep.study= or out=") from None
     of = {"axes": dict(experiment.axes), "goals": list(goals)}
     if (there := study.user_attrs.get("of", of)) != of:
         raise InputError(f"{path}: is the study of another sweep ({there}); take another sweep.study= or out=")

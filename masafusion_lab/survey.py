@@ -1,6 +1,6 @@
 """What a sweep is of: points × cases, in a folder.
 
-FOLDER/cases/CASE/POINT/   target.png and result.json of a point on a case, or error.json
+FOLDER/cases/CASE/POINT/   target.png, result.json and scores.json of a point on a case, or error.json
 FOLDER/plan.json           what was found before the first point ran: which axes matter, rows, speed
 FOLDER/results.parquet, *.png, report.html   made anew from them at the end
 """
@@ -17,9 +17,14 @@ from masafusion_lab import InputError, axes, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.landscape import objective
 from masafusion_lab.runs import case_folder, read_json
+from masafusion_lab.scoring import Scorer
 
 TOGETHER = 128
 """Points that share their rows at most: their latents are in memory together, and are lost together."""
+
+
+NOT_RUN = "was not run"
+"""Error of a point that has neither a result nor a failure."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,27 @@ class Survey:
             kin.setdefault((point.experiment.steps, point.experiment.size), []).append(point)
         return [its[k : k + TOGETHER] for its in kin.values() for k in range(0, len(its), TOGETHER)]
 
-    def records(self) -> list[dict[str, Any]]:
-        """Of each point on each case: case, values, measures and picture, relative to the folder; or error."""
+    def records(self, scorer: Scorer) -> list[dict[str, Any]]:
+        """Of each point on each case: case, values, measures and picture, relative to the folder; or error.
+
+        A measure that has no value is not there; `missing` says why.
+        """
         found = []
         for case, point in itertools.product(self.cases, self.points):
             folder = self.place(case, point)
             result, error = read_json(folder / "result.json"), read_json(folder / "error.json").get("error", "")
-            if not result:
-                error = error or "was not run"
-            picture = str((folder / "target.png").relative_to(self.folder)) if result else ""
-            taken = {name: float(value) for name, value in result.get("measures", {}).items()}
-            facts = {"case": case.id, "point": point.name, **axes.coordinates(point.values)}
-            found.append({**facts, **taken, "picture": picture, "error": "" if result else error})
+            values, missing = scorer.score(case, folder) if result else ({}, {})
+            found.append(
+                {
+                    "case": case.id,
+                    "point": point.name,
+                    **axes.coordinates(point.values),
+                    **{name: value for name, value in values.items() if name not in missing},
+                    "picture": str((folder / "target.png").relative_to(self.folder)) if result else "",
+                    "missing": "\n".join(f"{name}: {why}" for name, why in missing.items()),
+                    "error": "" if result else error or NOT_RUN,
+                }
+            )
         return found
 
     def items(self) -> list[tuple[Case, list[Point]]]:
@@ -78,7 +92,16 @@ def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> 
     how = experiment.sweep
     if how.rows != "auto" and not (how.rows.isascii() and how.rows.isdecimal() and int(how.rows)):
         raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
-    objective(how.objective, [])
+    if how.halvings and (how.kind != "search" or not 0 < how.halvings <= 3 or not experiment.steps >> how.halvings):
+        raise InputError(f"sweep.halvings={how.halvings}: must be 0, or of sweep.kind=search 1 to 3, and leave a step")
+    if how.kind == "search" and experiment.launch.by != "here":
+        raise InputError(
+            f"launch.by={experiment.launch.by}: a search runs in its own process; "
+            "start several with one sweep.study=FILE, each with its own out="
+        )
+    if how.halvings and "steps" in experiment.axes:
+        raise InputError(f"sweep.halvings={how.halvings}: makes runs of fewer steps; leave axes.steps out")
+    objective(how.objective, cases)
     spanned = axes.points(axes.read(experiment.axes), how, experiment.seed)
     return Survey(folder, points(experiment, spanned), cases)
 
@@ -96,6 +119,17 @@ def points(experiment: config.Experiment, spanned: Sequence[Mapping[str, str]]) 
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise InputError("\n  ".join([*list(problems)[:8], *more]))
     return found
+
+
+def shortened(point: Point, steps: int) -> Point:
+    """A point in fewer steps, its windows of steps in proportion."""
+    usual, method = point.experiment.steps, dict(point.experiment.method)
+    for key, value in method.items():
+        if key.endswith("_steps"):
+            begin = value[0] * steps // usual
+            method[key] = (begin, max(begin + 1, round(value[1] * steps / usual)))
+    its = replace(point.experiment, steps=steps, method=method)
+    return Point({**point.values, "steps": str(steps)}, its)
 
 
 def forgive(survey: Survey) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,23 @@ from masafusion_lab import plots
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.forecast import Forecast
 from masafusion_lab.landscape import (
-    MEASURES,
     Recommendation,
     Record,
     dimensions,
     known,
     means,
-    objective,
     recommend,
+    scaled,
     scores,
 )
+from masafusion_lab.metrics import MEASURES
 from masafusion_lab.report import page
-from masafusion_lab.runs import replacing, write_picture, write_text
+from masafusion_lab.runs import write_parquet, write_picture, write_text
+from masafusion_lab.scoring import Scorer
 from masafusion_lab.survey import Survey
 from masafusion_lab.tracking import log_pictures, log_table
+
+log = logging.getLogger(__name__)
 
 SHEETS = 8
 """Cases of which a contact sheet is drawn."""
@@ -39,13 +43,17 @@ LISTED = 500
 
 @dataclass(frozen=True)
 class Findings:
-    """What a sweep has found: `failures` are the records of points that failed; `points`: means over the cases."""
+    """What a sweep has found: `failures` are the records of points that failed; `points`: means over the cases.
+
+    `unknown`: the goals that no point has a value of, and why.
+    """
 
     records: Sequence[Record]
     points: Sequence[Record]
     failures: Sequence[Record]
     goals: Sequence[str]
     best: Recommendation | None
+    unknown: Mapping[str, str]
 
     @property
     def lost(self) -> str:
@@ -59,64 +67,64 @@ class Findings:
         )
 
 
-def publish(survey: Survey, found: Forecast, goal: str = "", loggers: Sequence[Any] = ()) -> Findings:
-    """Write what a sweep has found into its folder, and tell the loggers. Raises InputError for an unknown goal."""
-    records = survey.records()
+def publish(survey: Survey, found: Forecast, scorer: Scorer, loggers: Sequence[Any] = ()) -> Findings:
+    """Write what a sweep has found into its folder, and tell the loggers; the best is by what the scorer ranks."""
+    records, goals = survey.records(scorer), scorer.protocol.ranked
     write_parquet(survey.folder / "results.parquet", records)
-    goals = objective(goal, records)
     failures = [record for record in records if record["error"]]
     points = means(records)
-    findings = Findings(records, points, failures, goals, recommend(records, goals) if points else None)
+    unknown = {goal: unvalued(records, goal) for goal in goals if points and goal not in known(records)}
+    for goal, why in unknown.items():
+        log.warning("%s has no value, so nothing is recommended (sweep.objective= names another): %s", goal, why)
+    findings = Findings(records, points, failures, goals, recommend(records, goals) if points else None, unknown)
     for path in (*survey.folder.glob("*.png"), *survey.folder.glob("report.html")):
         path.unlink()  # of fewer points than there are now
     if points:
         for name, figure in figures(findings):
             plots.save(figure, survey.folder / f"{name}.png")
-        for n, sheet in enumerate(sheets(survey, findings)):
+        for n, sheet in sheets(survey, findings):
             write_picture(survey.folder / f"sheet-{n}.png", sheet)
     write_page(survey, found, findings)
     tell(survey, findings, loggers)
     return findings
 
 
-def write_parquet(path: Path, records: Sequence[Record]) -> None:
-    """Write the records as a Parquet file, of which the same records give the same bytes."""
-    from pyarrow import Table, parquet
-
-    columns = dict.fromkeys(name for record in records for name in record)
-    rows = [{name: record.get(name) for name in columns} for record in records]
-    mixed = [name for name in columns if len({type(r[name]) for r in rows if r[name] is not None} - {int, float}) > 1]
-    for row in rows:
-        row |= {name: str(row[name]) for name in mixed if row[name] is not None}
-    with replacing(path) as partial:
-        parquet.write_table(Table.from_pylist(rows), partial, compression="zstd")
+def unvalued(records: Sequence[Record], measure: str) -> str:
+    """Why the first record that lacks a measure does."""
+    said = (line.partition(": ") for record in records for line in record["missing"].splitlines())
+    return next((why for name, _, why in said if name == measure), "")
 
 
 def figures(findings: Findings) -> Iterator[tuple[str, Figure]]:
     """The plots by name."""
-    records, points, goals = findings.records, findings.points, findings.goals
+    records, goals = findings.records, findings.goals
+    points = [scaled(point) for point in findings.points]
     across, measured = dimensions(points), known(points)
-    if not across:
+    if not across or not measured:
         return
     best = findings.best.point if findings.best else ""
     for measure in measured:
-        yield f"map-{measure}", plots.heat_map(points, plots.shown_over(points, across), measure, best)
-    if len(goals) == 2:
-        yield "trade-off", plots.trade_off(points, goals, best)
+        having = [point for point in points if measure in point]
+        yield f"map-{measure}", plots.heat_map(having, plots.shown_over(having, across), measure, best)
     yield "importance", plots.importances(points, across, measured)
-    names, score = scores(records, goals)
-    goodness = dict(zip(names, np.nan_to_num(score).mean(0), strict=True))
-    yield "parallel", plots.parallel(points, across, goals, goodness)
+    if whole := [point for point in points if all(goal in point for goal in goals)]:
+        if len(goals) == 2:
+            yield "trade-off", plots.trade_off(whole, goals, best)
+        names, score = scores(records, goals)
+        goodness = dict(zip(names, np.nan_to_num(score).mean(0), strict=True))
+        yield "parallel", plots.parallel(whole, across, goals, goodness)
 
 
-def sheets(survey: Survey, findings: Findings) -> Iterator[Image.Image]:
-    """The contact sheets of the first cases."""
+def sheets(survey: Survey, findings: Findings) -> Iterator[tuple[int, Image.Image]]:
+    """The contact sheets of the first cases, but those of which all points failed, each with its case's number."""
     across = dimensions(findings.points)
-    for case in survey.cases[:SHEETS] if across else ():
+    for n, case in enumerate(survey.cases[:SHEETS] if across else ()):
         its = [record for record in findings.records if record["case"] == case.id]
+        if not any(record["picture"] for record in its):
+            continue
         best = findings.best.by_case.get(case.id, "") if findings.best else ""
         over = plots.shown_over(its, across)
-        yield plots.contact_sheet(its, survey.folder, over, open_picture(case.image), best)
+        yield n, plots.contact_sheet(its, survey.folder, over, open_picture(case.image), best)
 
 
 def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:
@@ -126,6 +134,7 @@ def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:
     config = ["--config", str(survey.folder / "config.yaml")]
     again = shlex.join(["masafusion", "edit", *config, *(f"{key}={value}" for key, value in words.items()), "out="])
     rivals = [f"{point} ({100 * part:.0f} %)" for point, part in best.share.items()] if best else []
+    listed = sorted(findings.records, key=lambda record: record["error"] == "")[:LISTED]
     sheets = [(case.id, f"sheet-{n}.png") for n, case in enumerate(survey.cases)]
     text = page(
         "sweep.html",
@@ -137,7 +146,7 @@ def write_page(survey: Survey, found: Forecast, findings: Findings) -> None:
         maps=[name for name in (f"map-{measure}.png" for measure in MEASURES) if name in there],
         plots=[name for name in ("trade-off.png", "importance.png", "parallel.png") if name in there],
         sheets=[(id, name) for id, name in sheets if name in there],
-        listed=sorted(findings.records, key=lambda record: record["error"] == "")[:LISTED],
+        listed=[scaled(record) for record in listed],
         rivals=rivals[:5],
         again=again,
     )

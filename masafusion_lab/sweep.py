@@ -6,14 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from masafusion_lab import config, survey
+import torch
+
+from masafusion_lab import InputError, config, survey
 from masafusion_lab.data.case import Case
 from masafusion_lab.forecast import Forecast, forecast
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build
+from masafusion_lab.landscape import columns, objective
 from masafusion_lab.launch import launch
+from masafusion_lab.metrics import measure
+from masafusion_lab.protocol import of_sweep
 from masafusion_lab.runner import Runner
 from masafusion_lab.runs import write_text
+from masafusion_lab.scoring import Scorer, pair
 from masafusion_lab.search import search
 from masafusion_lab.surveypage import Findings, publish
 
@@ -34,14 +40,15 @@ def sweep(
     but "here" wants the cases to be those that the experiment names. Raises InputError for axes and points that cannot
     be, and for an axis that changes nothing.
     """
-    surveyed = survey.read(experiment, cases, Path(folder))
+    surveyed, goals = survey.read(experiment, cases, Path(folder)), objective(experiment.sweep.objective, cases)
     if experiment.sweep.retry:
         survey.forgive(surveyed)
     runner = Runner(surveyed, lab or build(experiment, track=track), track=track)
+    scorer = measured(experiment, cases, goals, runner.lab.model.device)
     found = forecast(surveyed, runner, experiment.sweep.rows)
     told(found)
     if experiment.sweep.kind == "search":
-        surveyed = search(experiment, surveyed, runner)
+        surveyed = search(experiment, surveyed, runner, scorer)
     elif experiment.launch.by == "here":
         for case, points in surveyed.items():
             runner.run(case, points)
@@ -49,4 +56,18 @@ def sweep(
         if not (surveyed.folder / "config.yaml").exists():
             write_text(surveyed.folder / "config.yaml", config.to_yaml(experiment))
         launch("sweep", surveyed.folder, experiment.launch, experiment.model.device)
-    return publish(surveyed, found, experiment.sweep.objective, loggers)
+    return publish(surveyed, found, scorer, loggers)
+
+
+def measured(
+    experiment: config.Experiment, cases: Sequence[Case], goals: Sequence[str], device: torch.device | str
+) -> Scorer:
+    """What takes a sweep's measures. Raises InputError where one that the sweep is asked to go by has no value."""
+    built_in = experiment.model.path == "picturebook" or all(case.drawn is not None for case in cases)
+    protocol = of_sweep(columns(goals, cases), goals, built_in=built_in)
+    scorer = Scorer.of(protocol, experiment.bench.encoders, device)
+    if experiment.sweep.objective or experiment.sweep.kind == "search":
+        for goal in goals:
+            if why := measure(goal, pair(cases[0], cases[0].image), scorer.networks)[1]:
+                raise InputError(f"sweep.objective={goal}: has no value on case {cases[0].id!r}: {why}")
+    return scorer

@@ -34,7 +34,7 @@ print("recommended:", found.best.point)
 # which trades the two off by rank.
 
 # %%
-for name in ("map-kept", "map-hit", "trade-off"):
+for name in ("map-psnr_area", "map-hit", "trade-off"):
     _, axis = plt.subplots(figsize=(8, 6))
     axis.imshow(Image.open(folder / f"{name}.png"))
     axis.axis("off")

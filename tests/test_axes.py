@@ -71,6 +71,10 @@ def test_what_cannot_be_spanned_is_said(written, how, said):
 
 def test_a_point_lies_where_its_values_say_a_window_by_both_its_ends():
     values = {"method.fusion_steps": "[5, 20]", "seed": "3", "method.preserve": "kv"}
+    assert axes.coordinates({"method.cross_window": "[0,0.4]"}) == {
+        "method.cross_window.start": 0,
+        "method.cross_window.stop": 0.4,
+    }
     assert axes.coordinates(values) == {
         "method.fusion_steps.start": 5,
         "method.fusion_steps.stop": 20,

@@ -4,13 +4,11 @@ import csv
 import dataclasses
 import errno
 import json
-import os
 import random
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -20,12 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masafusion_lab import InputError, bench, cli, config, interrupt, phases, publish, tables
+from masafusion_lab import InputError, bench, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
+from masafusion_lab.launch import Worker
 from masafusion_lab.methods import METHODS
 from masafusion_lab.protocol import PROTOCOLS
-from masafusion_lab.runs import explained, replacing
+from masafusion_lab.runs import explained, replacing, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
+from tests.kills import survive
 from tests.test_report import Page
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -130,10 +130,18 @@ def test_neither_order_nor_division_nor_batch_changes_a_pixel(run, yaml, whole, 
     assert pictures(batch).items() <= want.items()
 
 
+def test_a_worker_edits_all_parts_to_the_same_pixels_wherever_it_runs(yaml, whole, tmp_path):
+    experiment, made = bench.read([yaml], [f"out={tmp_path / 'out'}", "model.device=auto"])
+    write_text(made.folder / "config.yaml", config.to_yaml(experiment))
+    Worker("bench", str(made.folder), "cpu", 1)()
+    assert pictures(made) == pictures(whole)
+    assert not any(record["error"] for record in bench.score(made, Scorer.of(made.protocol, {})))
+
+
 def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     _, records = run("a", "bench.only=plain")
-    publish.write_parquet(tmp_path / "whole.parquet", records)
+    write_parquet(tmp_path / "whole.parquet", records)
     dice, cuts = random.Random(0), 0
     for _ in range(4):
         left = [dice.randrange(40)]
@@ -152,7 +160,7 @@ def test_cut_short_anywhere_it_goes_on_to_the_same_parquet(run, tmp_path, monkey
                 cuts += 1
     assert cuts >= 3
     _, again = run("cut", "bench.only=plain", fresh=True)
-    publish.write_parquet(tmp_path / "cut.parquet", again)
+    write_parquet(tmp_path / "cut.parquet", again)
     assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
@@ -246,6 +254,19 @@ def test_an_encoder_that_cannot_be_had_makes_its_columns_na_and_no_other(run, tm
     assert all(np.isfinite(r["clip_i"]) for r in back)  # the numbers are filed under what made them
 
 
+def test_a_target_picture_that_cannot_be_read_is_a_reason_and_not_the_end(run, tmp_path):
+    made, _ = run("a", "bench.only=plain")
+    cases = [dataclasses.replace(case, truth=tmp_path / "gone.png") for case in made.cases]
+    made = dataclasses.replace(made, cases=cases)
+    scorer = Scorer.of(made.protocol, {})
+    for path in made.folder.rglob("scores.json"):
+        path.unlink()
+    records = bench.score(made, scorer)
+    assert all(np.isnan(record["l1"]) and "gone.png" in record["missing"] for record in records)
+    assert "n/a" in tables.as_markdown(publish.publish(made, records, scorer))
+    assert not list(made.folder.rglob("scores.json"))
+
+
 def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_path):
     words = ["bench.rows.a=method.name=plian", "bench.rows.b=method.gidance=3", "bench.rows.c='x"]
     with pytest.raises(InputError) as error:
@@ -258,6 +279,8 @@ def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"'nobody' is no row; they are plain, ours \(DI\)"):
         bench.read([yaml], ["bench.only=nobody"])
+    with pytest.raises(InputError, match=r"bench\.turns=multi: there are no sessions"):
+        bench.read([yaml], ["bench.turns=multi", "bench.sessions=0"])
     with pytest.raises(InputError, match=r"bench\.rows: missing"):
         bench.read([], ["bench.count=1", "bench.sessions=0"])
 
@@ -433,29 +456,34 @@ def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_ends_with_the_same_bytes(yaml, tmp_path):
-    pytest.importorskip("pyarrow")
+@pytest.mark.timeout(600)
+def test_two_workers_leave_what_one_process_does(command, yaml, tmp_path):
+    assert command("bench", "--config", yaml, "out=one")[0] == 0
+    assert command("bench", "--config", yaml, "out=two", "launch.by=local", "launch.workers=2")[0] == 0
+    one, two = ((tmp_path / name / "results.parquet").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert {path.name for path in (tmp_path / "two").glob("worker-*.log")} == {"worker-0.log", "worker-1.log"}
 
-    def start(out):
-        words = ["bench", "--config", str(yaml), f"out={out}", f"store={out}-store"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "masafusion_lab.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
 
+def test_what_no_worker_edits_is_missed(command, yaml, monkeypatch):
+    monkeypatch.setitem(launch.LAUNCHERS, "local", lambda *args: None)
+    code, _, err = command("bench", "--config", yaml, "out=b", "launch.by=local", "bench.sessions=0")
+    assert code == 1
+    assert "2 edits are missing: not edited yet" in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_moments_it_loses_nothing_and_ends_with_the_same_bytes(command, yaml, tmp_path):
     began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    whole, dice = time.monotonic() - began, random.Random(1)
-    for _ in range(20):
-        process = start(tmp_path / "cut")
-        time.sleep(dice.uniform(0.5, 1.0) * whole)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if dice.random() < 0.3:  # else it would be done after a few
-            for place in sorted((tmp_path / "cut" / "edits").rglob("result.json"))[::2]:
-                shutil.rmtree(place.parent)
-    assert start(tmp_path / "cut").wait() == 0
-    a, b = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "cut"))
-    assert a == b
+    assert command("bench", "--config", yaml, "out=whole", "store=whole-store")[0] == 0
+    seconds = time.monotonic() - began
+
+    def ended():
+        whole, cut = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "cut"))
+        assert cut == whole
+
+    survive(lambda: command("bench", "--config", yaml, "out=cut", "store=cut/store"), tmp_path / "cut", seconds, ended)
 
 
 def test_the_cases_of_a_benchmark_are_the_sets(yaml):

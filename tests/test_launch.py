@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from experiments.scale import makespan
 from masafusion_lab import InputError, config, launch, phases, request
 from masafusion_lab.axes import Launch
 from masafusion_lab.launch import Worker, claimed, workers
@@ -49,6 +50,13 @@ def test_workers_share_devices_and_cores(tmp_path):
     assert [worker.device for worker in them] == ["cpu"] * 3
     assert {worker.threads for worker in them} == {1}
     assert len(workers("sweep", tmp_path, Launch("local"), "cpu")) == 1
+
+
+def test_what_many_devices_take_is_reckoned_by_who_is_free():
+    rows = {"plain": 1.0, "masafusion": 2.0}
+    assert makespan(rows, 3, 1, loading=5) == 5 + 9
+    assert makespan(rows, 3, 2, loading=5) == 5 + 5
+    assert makespan(rows, 3, 64, loading=5) == 5 + 2
 
 
 @pytest.mark.slow

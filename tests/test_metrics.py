@@ -11,6 +11,7 @@ from torchmetrics.regression import MeanSquaredError
 
 from masafusion_lab import InputError
 from masafusion_lab.metrics import IDENTICAL, MEASURES, Mean, Pair, budget, measure, structure
+from masafusion_lab.protocol import of_sweep
 
 PUBLISHED, AREA = ("psnr", "mse", "ssim"), ("psnr_area", "mse_area", "ssim_area")
 
@@ -90,6 +91,39 @@ def test_piebenchs_metrics_equal_the_arithmetic_of_its_script():
     assert value("clip_edited", p) == pytest.approx(max(want, 0), abs=1e-4)
 
 
+def test_what_a_sweep_trades_off_equals_its_formula_over_the_pixels_of_the_region():
+    p = pair()
+    inside = p.mask[0].bool()
+    a, b, truth = (x[:, inside].numpy() for x in (p.at_source, p.source, p.truth))
+    assert value("changed", p) == pytest.approx(np.abs(a - b).mean(), abs=1e-6)
+    assert value("hit", p) == pytest.approx(-10 * math.log10(((a - truth) ** 2).mean()), abs=1e-4)
+    whole = PeakSignalNoiseRatio(data_range=1.0)(p.at_source, p.source).item()
+    assert value("psnr_whole", p) == pytest.approx(whole, abs=1e-5)
+    large = pair(truth=noise(3, (80, 112)), at_truth=noise(4, (80, 112)))
+    twice = large.mask[0].repeat_interleave(2, 0).repeat_interleave(2, 1).bool()
+    error = (large.at_truth - large.truth)[:, twice].square().mean().item()
+    assert value("hit", large) == pytest.approx(-10 * math.log10(error), abs=1e-4)
+    assert measure("hit", pair(truth=None), SEE)[1] == "no target picture is known"
+
+
+class Watched:
+    """The same eyes, which remember what was looked through."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def __getattr__(self, name):
+        self.seen.add({"text": "clip", "keys": "dino", "done": "judge"}.get(name, name))
+        return getattr(SEE, name)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_sweep_loads_the_networks_that_its_measures_look_through(name):
+    see = Watched()
+    measure(name, pair(), see)
+    assert see.seen == set(of_sweep([name], [name], built_in=True).encoders)
+
+
 def test_the_structure_distance_equals_its_formula_written_out_token_by_token():
     a, b = torch.randn(6, 4), torch.randn(6, 4)
     total = 0.0
@@ -139,7 +173,10 @@ def test_a_perfect_edit_has_the_best_values():
     assert value("ssim", p) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in MEASURES if not n.startswith(("clip", "done", "lpips", "structure"))])
+SEEN_BY_OTHERS = ("clip", "done", "lpips", "structure")
+
+
+@pytest.mark.parametrize("name", [n for n in MEASURES if not n.startswith(("changed", *SEEN_BY_OTHERS))])
 def test_the_direction_of_a_metric_is_that_in_which_less_damage_lies(name):
     source = noise(3)
     near, far = ((1 - t) * source + t * noise(9) for t in (0.1, 0.6))

@@ -15,6 +15,7 @@ from functools import reduce
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from masafusion_lab import InputError
 from masafusion_lab.interrupt import Interrupted
@@ -27,6 +28,7 @@ from masafusion_lab.runs import (
     read_json,
     replacing,
     write_json,
+    write_parquet,
     write_picture,
     write_text,
 )
@@ -172,6 +174,18 @@ def test_json_is_strict_and_keeps_every_text(tmp_path):
 def test_damaged_json_reads_as_nothing(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     assert read_json(tmp_path / "a.json") == read_json(tmp_path / "missing") == {}
+
+
+def test_a_table_of_records_is_the_same_bytes_and_holds_what_some_lack_and_texts_among_numbers(tmp_path):
+    records = [{"layers": "all", "l1": 0.5}, {"layers": 3.0, "steps": 2}, {"layers": 3.0, "steps": 2.5}]
+    for name in "ab":
+        write_parquet(tmp_path / name, records)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert parquet.read_table(tmp_path / "a").to_pydict() == {
+        "layers": ["all", "3.0", "3.0"],
+        "l1": [0.5, None, None],
+        "steps": [None, 2.0, 2.5],
+    }
 
 
 def test_pictures_are_written_to_the_nearest_of_256_levels(tmp_path):

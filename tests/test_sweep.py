@@ -1,11 +1,9 @@
 """Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
 
 import json
-import random
 import shutil
-import subprocess
 import sys
-from contextlib import suppress
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,9 +14,13 @@ from pyarrow import parquet
 
 from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage, tracking
 from masafusion_lab.forecast import Forecast
+from masafusion_lab.protocol import PROTOCOLS
+from masafusion_lab.request import cases_of
 from masafusion_lab.runs import read_json
+from masafusion_lab.scoring import Scorer
 from masafusion_lab.sweep import sweep
 from tests.edits import Calls, case, drawn
+from tests.kills import survive
 from tests.test_tracking import on_record
 
 pytestmark = pytest.mark.usefixtures("unplotted")
@@ -78,14 +80,36 @@ def test_results_are_in_one_table_with_pictures_and_plotted(run, tmp_path):
     found, _ = run(WINDOWS, "axes.method.guidance=3,7.5", cases=[case(truth=drawn(fill="red")), case("dog", 4)])
     rows = parquet.read_table(tmp_path / "out/results.parquet").to_pylist()
     assert len(rows) == 2 * 6 * 2
-    assert {"method.fusion_steps.start", "method.fusion_steps.stop", "method.guidance", "kept", "hit", "l1"} <= {
+    assert {"method.fusion_steps.start", "method.fusion_steps.stop", "method.guidance", "psnr_area", "hit", "l1"} <= {
         *rows[0]
     }
     assert all((tmp_path / "out" / row["picture"]).is_file() for row in rows)
     assert found.best.point in {row["point"] for row in rows}
     assert sum(found.best.share.values()) == pytest.approx(1)
-    for name in ("map-kept", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
+    for name in ("map-psnr_area", "map-hit", "trade-off", "importance", "parallel", "sheet-0", "sheet-1"):
         assert (tmp_path / f"out/{name}.png").is_file()
+
+
+def test_its_measures_are_a_benchmarks_and_each_or_two_of_them_may_be_the_objective(run, tmp_path):
+    drawn = list(cases_of(config.load(words=["cases=picturebook:1"])))
+    words = ["axes.method.guidance=3,7.5", "size=32"]
+    found, _ = run(*words, "sweep.objective=done,clip_t", cases=drawn)
+    scorer = Scorer.of(PROTOCOLS["picturebook"], {})
+    for record in found.records:
+        taken, _ = scorer.score(drawn[0], (tmp_path / "out" / record["picture"]).parent, again=True)
+        shared = taken.keys() & record.keys()
+        assert {"done", "clip_t", "psnr_area", "l1"} <= shared
+        assert {name: record[name] for name in shared} == {name: taken[name] for name in shared}
+    best = max(found.records, key=lambda record: record["clip_t"])
+    assert run(*words, "sweep.objective=clip_t", cases=drawn)[0].best.point == best["point"]
+
+
+def test_where_nothing_says_what_is_best_nothing_is_recommended(run, tmp_path, caplog):
+    found, _ = run("axes.method.guidance=3,7.5", "method.name=plain", cases=[case(mask=None, hints={})])
+    assert found.best is None
+    assert "psnr_whole" in found.records[0]
+    assert "clip_t has no value, so nothing is recommended" in caplog.text
+    assert "Nothing is recommended: clip_t has no value" in (tmp_path / "out/report.html").read_text()
 
 
 def test_each_axis_is_proven_alive_and_the_proof_is_kept(run, tmp_path):
@@ -156,6 +180,22 @@ def test_more_points_than_before_run_alone(run, tmp_path):
     assert calls.count <= 3 + 2 + 2 * 3  # the new point's steps, the speed, and the proof of the axis
 
 
+def test_points_that_were_added_and_cut_short_among_their_results_are_not_computed_again(run, monkeypatch, tmp_path):
+    words = ["axes.method.guidance=uniform(2,9)", "sweep.kind=random"]
+    run(*words, "sweep.points=2")
+    write, made = runner.write_picture, []
+    monkeypatch.setattr(runner, "write_picture", lambda *its: 1 / 0 if made else made.append(write(*its)))
+    with pytest.raises(ZeroDivisionError):
+        run(*words, "sweep.points=5")
+    monkeypatch.setattr(runner, "write_picture", write)
+    calls = Calls(run.lab.model)
+    assert not run(*words, "sweep.points=5")[0].failures
+    calls.hook.remove()
+    assert calls.count == 0
+    assert len(pictures(tmp_path / "out")) == 5
+    assert not list(tmp_path.rglob("out/**/*.safetensors"))
+
+
 def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     found, _ = run("axes.method.guidance=3,1e38,5")
     assert [record["point"] for record in found.failures] == ["method.guidance=1e38"]
@@ -170,6 +210,13 @@ def test_a_point_that_fails_is_on_record_and_stops_no_other(run, tmp_path):
     run("axes.method.guidance=3,1e38,5", "sweep.retry=true")
     assert calls.count > 0
     calls.hook.remove()
+
+
+def test_a_case_that_cannot_be_read_is_on_record_and_the_rest_is_recommended_by(run, tmp_path):
+    found, _ = run("axes.seed=0,1", cases=[case(), case("gone", image=tmp_path / "gone.png")])
+    assert {record["case"] for record in found.failures} == {"gone"}
+    assert found.best.by_case.keys() == {"cat"}
+    assert [path.name for path in sorted((tmp_path / "out").glob("sheet-*"))] == ["sheet-0.png"]
 
 
 def test_methods_inversions_sizes_and_steps_may_be_varied(run, tmp_path):
@@ -233,10 +280,10 @@ def test_a_tracker_is_told_of_points_pictures_and_plots_as_plotted(run, tmp_path
     with tracking.recording(experiment, tmp_path / "out") as loggers:
         run("axes.seed=0,1", loggers=loggers)
     told = json.dumps(on_record(tmp_path / "out"))
-    for name in ("sweep/points", "sweep/map-kept", "sweep/trade-off", "sweep/best/kept"):
+    for name in ("sweep/points", "sweep/map-psnr_area", "sweep/trade-off", "sweep/best/psnr_area"):
         assert name in told
     (table,) = (tmp_path / "out").glob("wandb/offline-run-*/files/media/table/**/*.json")
-    assert {"case", "point", "seed", "kept", "picture"} <= set(json.loads(table.read_text())["columns"])
+    assert {"case", "point", "seed", "psnr_area", "picture"} <= set(json.loads(table.read_text())["columns"])
 
 
 class Page(HTMLParser):
@@ -322,18 +369,16 @@ def test_the_command_exits_with_1_if_a_point_failed_and_with_2_if_nothing_can_ru
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_twenty_moments_it_ends_in_the_same_bytes(command, tmp_path):
+def test_killed_at_twenty_moments_it_loses_nothing_and_ends_in_the_same_bytes(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "SAVED_EVERY", 0.2)
     words = ["axes.method.fusion_steps=windows(0,12,1)", "steps=12"]
+    began = time.monotonic()
     command(*words, "out=whole")
-    usual = [word for word in sys.argv[1:] if word != "out=whole"]
-    (tmp_path / "out").mkdir()
-    moments = random.Random(0)
-    for _ in range(20):
-        process = subprocess.Popen([sys.executable, "-m", "masafusion_lab.cli", *usual, "out=out"], text=True)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(moments.uniform(3, 20))
-        process.kill()
-        process.wait()
-    assert command(*words, "out=out")[0] == 0
-    assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
-    assert (tmp_path / "out/results.parquet").read_bytes() == (tmp_path / "whole/results.parquet").read_bytes()
+    seconds = time.monotonic() - began
+
+    def ended():
+        assert pictures(tmp_path / "out") == pictures(tmp_path / "whole")
+        whole, out = ((tmp_path / name / "results.parquet").read_bytes() for name in ("whole", "out"))
+        assert out == whole
+
+    survive(lambda: command(*words, "out=out"), tmp_path / "out", seconds, ended)
