@@ -20,7 +20,7 @@ from torch import Tensor
 from masafusion_lab import InputError
 from masafusion_lab.runs import replacing
 
-FORMAT = 1
+FORMAT = 2
 """Of maps.safetensors: raise it when what is in it changes its meaning."""
 SPECIALS = ("start", "end", "padding")
 """What a text encoder reads beside the words, and how their maps are called."""
@@ -155,6 +155,8 @@ class Attention:
       words/BRANCH/HALF/DEPTH    (bins, heads or 1, tokens + 1, h, w)    cross-attention, sums over the steps of a bin
       pixels/BRANCH/HALF/DEPTH   (bins, h', w', h", w")                  self-attention, from cells to cells
       flow/BRANCH/HALF/DEPTH     (T, heads, 2)                           shares of self-attention that leave A, enter A
+      mixed/BRANCH/HALF/DEPTH    (T, heads, 2)                           shares read inside of what is not new, outside
+                                                                         of what is
       spill/BRANCH/HALF/DEPTH    (T, heads, 2)                           mass of the edited words inside A, outside
       distance/A:B/HALF/DEPTH    (T, heads, 2)                           total variation inside A, outside
       mask                       (h, w)                                  A, if there is a region
@@ -217,15 +219,34 @@ class Attention:
         return PixelMaps([maps / maps.sum((2, 3), keepdim=True).clamp(min=1e-12) for maps in chosen])
 
     def curves(self, kind: str, name: str, half: str = "text") -> Tensor:
-        """(layers, T, 2): "flow" or "spill" of a branch, "distance" of "A:B", the mean over heads; NaN: not seen."""
+        """(layers, T, 2): "flow", "mixed" or "spill" of a branch, "distance" of "A:B", the mean over heads.
+
+        NaN where nothing was seen. Raises InputError for what was not recorded.
+        """
         found = self._layers(kind, name, half)
         return torch.stack([found[depth].float().nanmean(1) for depth in sorted(found)])
 
-    def interference(self, latent: str = "target") -> Tensor:
-        """(layers, T, 2): the shares that leave A, by the branch that denoises it, and enter, by that of the rest."""
+    def interference(self, latent: str = "target", kind: str = "mixed") -> Tensor:
+        """(layers, T, 2): what is read across by the pixels of A, and by the others, each by what denoises it there.
+
+        "mixed": by what is read, the share of what is kept inside A and of what is new outside; "flow": by place, the
+        share that leaves A, and that enters. A branch's attention elsewhere is not counted: it makes no picture.
+        """
         its = self.facts["latents"][latent]
-        leaving, entering = self.curves("flow", its["inside"]), self.curves("flow", its["outside"])
-        return torch.stack([leaving[..., 0], torch.where(entering.isnan(), leaving, entering)[..., 1]], -1)
+        inside, outside = self.curves(kind, its["inside"]), self.curves(kind, its["outside"])
+        return torch.stack([inside[..., 0], torch.where(outside.isnan(), inside, outside)[..., 1]], -1)
+
+    def spilled(self, latent: str = "target") -> Tensor:
+        """(layers, T): the share of the edited words' mass that acts outside A, counted as in `interference`.
+
+        It is 0 where another prompt denoises the outside, which does not have these words.
+        """
+        its, branches = self.facts["latents"][latent], self.facts["branches"]
+        inside, outside = self.curves("spill", its["inside"]), self.curves("spill", its["outside"])
+        if branches[its["inside"]]["text"] != branches[its["outside"]]["text"]:
+            outside = 0 * outside
+        inside, outside = inside[..., 0], torch.where(outside.isnan(), inside, outside)[..., 1]
+        return outside / (inside + outside)
 
     def branch(self, name: str) -> str:
         """A branch by its name, or by that of the latent that it denoises inside the region. Raises InputError."""

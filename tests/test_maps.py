@@ -143,10 +143,25 @@ def test_latents_are_told_by_the_branches_that_denoise_them(tiny):
 
 
 def test_the_interference_of_a_target_is_that_of_the_branches_that_denoise_it(attention):
-    flow = attention.interference()
+    flow, mixed = attention.interference(kind="flow"), attention.interference()
     assert torch.equal(flow[..., 0], attention.curves("flow", "T_in")[..., 0])
-    assert torch.equal(flow[..., 1], attention.curves("flow", "T_out")[..., 1])
+    assert torch.equal(flow[..., 0], attention.curves("flow", "I_in")[..., 0])  # whose map T_in takes
     assert torch.equal(flow[..., 1], attention.curves("flow", "S")[..., 1])  # whose attention T_out takes
+    seen = ~flow[..., 0].isnan()
+    torch.testing.assert_close(mixed[..., 0][seen], flow[..., 0][seen])  # T_in reads its own values
+    assert (mixed[..., 1][seen] == 0).all()  # T_out reads the source's alone
+    assert (attention.curves("spill", "T_in")[..., 1][:, 0] > 0).all()
+    assert (attention.spilled() == 0).all()  # T_out's prompt does not have the edited words
+
+
+def test_without_a_region_all_that_is_read_is_the_sources_and_the_edited_words_act_everywhere(tiny_root, tmp_path):
+    lab = make_lab(tiny_root, tmp_path, "method.name=masafusion_no_adapter", "method.use_mask=false")
+    _, (attention,) = watched(lab, case(), watch=Watch(bins=1))
+    mixed = attention.interference().nanmean((0, 1))
+    torch.testing.assert_close(mixed, torch.tensor([1.0, 0.0]))  # (13)
+    spill = attention.curves("spill", "T_in")
+    torch.testing.assert_close(attention.spilled(), spill[..., 1] / spill.sum(-1), equal_nan=True)
+    assert attention.spilled().nanmean() > 0.1
 
 
 def test_an_edit_in_parts_for_want_of_memory_is_not_counted_twice(tiny_root, tmp_path):
