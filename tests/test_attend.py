@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -86,7 +87,8 @@ def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[Attend(Watch(bins=1), every=2)])
     assert [(f / FIGURES[0]).exists() for f in folders] == [True, False, True]
     media = next(folder.glob("wandb/offline-run-*")) / "files/media"
-    assert len(list(media.glob("images/attention/figures_*.png"))) == 2 * 3
+    for name in FIGURES:
+        assert len(list(media.glob(f"images/attention/{Path(name).stem.removeprefix('attention_')}_*.png"))) == 2
     tables = [json.loads(path.read_text()) for path in media.rglob("*.table.json")]
     words = next(table for table in tables if "word" in table["columns"])
     assert words["columns"] == ["case", "branch", "word", "map", "highest share", "share outside A"]
@@ -94,7 +96,7 @@ def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
     assert {"start", "cat", "grass", "padding"} <= {row[2] for row in words["data"]}
     assert all(0 < row[4] <= 1 and 0 < row[5] < 1 for row in words["data"])
     curves = next(table for table in tables if "word" not in table["columns"])
-    assert len(curves["data"]) == 2  # two curves of one look
+    assert len(curves["data"]) == 4  # four curves of one look
 
 
 def test_attention_is_off_unless_asked_for(tiny_root, tmp_path, caplog):

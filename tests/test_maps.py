@@ -11,8 +11,9 @@ from PIL import Image
 from masafusion_lab import InputError
 from masafusion_lab.attention import install
 from masafusion_lab.fusion import Branch, Plan, Span
+from masafusion_lab.heat import Heat, PixelMaps
 from masafusion_lab.lockstep import lockstep
-from masafusion_lab.maps import Attention, Heat, PixelMaps
+from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.watch import Watch, denoisers, span
 from tests.edits import STEPS, case, watched
