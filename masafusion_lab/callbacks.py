@@ -125,6 +125,10 @@ class Attend(L.Callback):
         self.watch, self.every, self.keep = watch, every, keep
         self.cases, self.chosen, self.seen = 0, set[str](), dict[str, tuple[Watching, int]]()
 
+    def check(self, editor: Any, item: Item, batch: int) -> None:
+        """Raise InputError if of `batch` such cases nothing would be seen, or more than memory allows."""
+        self.watch.begin(editor, [item], times=batch)
+
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """Have the editor watched."""
 

@@ -152,7 +152,8 @@ class FlowTap:
         all_of = torch.stack([inside.sum(-1), (1 - inside).sum(-1)], -1)[:, None]  # (B, 1, 2)
         done: dict[tuple[Any, ...], Sequence[Tensor]] = {}
         for row, p in sight.p.items():
-            prompt, values = sight.step.branches[row[0]].prompt, sight.values[row]
+            branch, values = sight.step.branches[row[0]], sight.values[row]
+            prompt = branch.prompt if row[1] == "text" else branch.null
             if sight.site.cross and prompt not in self.edited:
                 continue
             new = tuple(sight.step.branches[name].x != self.kept for name in values)

@@ -24,7 +24,15 @@ def attend(monkeypatch, capsys, tmp_path, tiny_root):
     """Run `masafusion attend` on a small picture; its exit status, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     drawn().save("pic.png")
-    words = [f"model.path={tiny_root}", "image=pic.png", "size=48x32", "steps=2", "tracking.mode=off", "out=run"]
+    words = [
+        f"model.path={tiny_root}",
+        "image=pic.png",
+        "size=48x32",
+        "steps=2",
+        "tracking.mode=off",
+        "out=run",
+        "store=store",
+    ]
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["masafusion", "attend", *words, *argv])
@@ -78,6 +86,7 @@ def test_what_cannot_be_watched_is_one_line_and_leaves_nothing(attend, tmp_path,
     assert code == 2
     assert said in err
     assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "store").rglob("*.safetensors"))  # nothing was inverted
 
 
 def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):

@@ -88,12 +88,20 @@ def test_what_was_not_seen_is_refused_and_what_was_is_named(attention, ask, said
     [
         (Watch(steps=Span(3)), "steps 3:: the run has steps 0 to 2"),
         (Watch(layers=Span(10, 12)), "layers 10:12: the model has layers 0 to 9"),
-        (Watch(limit_gb=1e-6), r"maps of 1 pictures would take 0.00 GB, but 1e-06 are allowed: take fewer bins"),
+        (Watch(limit_gb=1e-6), r"maps of 1 picture would take 0.00 GB, but 1e-06 are allowed: take fewer bins"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_anything_is_denoised(tiny_root, tmp_path, watch, said):
     with pytest.raises(InputError, match=said):
         watched(make_lab(tiny_root, tmp_path), case(), watch=watch)
+
+
+def test_the_null_half_of_guidance_is_watched_where_that_is_asked_for(tiny_root, tmp_path):
+    _, (attention,) = watched(make_lab(tiny_root, tmp_path), case(), watch=Watch(bins=1, halves=("null", "text")))
+    assert attention.words("S", half="null").all().keys() == {"start", "end", "padding"}  # of ""
+    mixed = attention.curves("mixed", "T_in", half="null")
+    assert not torch.equal(mixed, attention.curves("mixed", "T_in"))
+    assert attention.curves("spill", "T_in", half="null").nansum() == 0
 
 
 def test_maps_take_the_memory_that_was_reckoned(tiny_root, tmp_path):
