@@ -65,10 +65,11 @@ def test_what_was_seen_already_is_not_looked_at_again_but_under_other_settings(a
     assert (tmp_path / "run/target.png").read_bytes() == before
 
 
-def test_a_picture_that_is_only_inverted_needs_no_target(attend, tmp_path):
-    code, _, err = attend("source=a cat on grass", "method.name=replay")
+@pytest.mark.parametrize("region", [(), ("box=6,6,30,26",)], ids=["no region", "region"])
+def test_a_picture_that_is_only_inverted_needs_no_target(attend, tmp_path, region):
+    code, _, err = attend("source=a cat on grass", "method.name=replay", *region)
     assert code == 0, err
-    assert not (tmp_path / "run" / FIGURES[2]).exists()  # there is no region
+    assert (tmp_path / "run" / FIGURES[2]).exists() == bool(region)
     assert list(Attention.load(tmp_path / "run/maps.safetensors").facts["latents"]) == ["source"]
 
 

@@ -1,7 +1,6 @@
 """What was seen of a case: how it is asked for, by whom it is refused, and its file."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,23 +9,16 @@ from PIL import Image
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import install
-from masafusion_lab.fusion import Branch, Plan, Span
+from masafusion_lab.fusion import Span
 from masafusion_lab.heat import Heat, PixelMaps
-from masafusion_lab.lockstep import lockstep
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.watch import Watch, denoisers, span
 from tests.edits import STEPS, case, watched
 from tests.edits import lab as make_lab
 
-
-@dataclass(frozen=True)
-class Generation:
-    """Text to image: nothing is inverted, and nothing read."""
-
-    def __call__(self, model, given, source, x, *, schedule, taps=()):
-        plan = Plan({"T": Branch("target", "target")}, {"target": "T"})
-        yield from lockstep(model, plan, {"target": x}, given, schedule=schedule, taps=taps)
+GENERATION = "t2i_only method.hint_until=0"
+"""Text to image: nothing is inverted, and nothing read."""
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +122,17 @@ def test_a_range_that_is_none_is_refused(text):
     assert (span("3", ""), span("2:", ""), span(":", "")) == (Span(3, 4), Span(2), Span())
 
 
-@pytest.mark.parametrize("name", [*METHODS, "generation"])
+@pytest.mark.parametrize("name", [*METHODS, GENERATION])
 def test_the_attention_of_every_method_is_seen(tiny_networks, tmp_path, name):
-    lab = make_lab(tiny_networks, tmp_path, *([] if name == "generation" else [f"method.name={name}"]))
-    if name == "generation":
-        lab.method = Generation()
-    changes = {"mask": None, "hints": {}, "target": ""} if name == "replay" else {"instruction": "make it grass"}
-    (edited,), (attention,) = watched(lab, case(**changes))
+    lab = make_lab(tiny_networks, tmp_path, *f"method.name={name}".split())
+    changes = {"replay": {"hints": {}, "target": ""}, GENERATION: {"hints": {}, "source": ""}}
+    (edited,), (attention,) = watched(lab, case(**changes.get(name, {"instruction": "make it grass"})))
     latent = "source" if name == "replay" else "target"
     assert attention.words(latent).word("grass").values.shape == (8, 12)
     assert attention.pixels(latent).components().shape == (3, 8, 12)
+    assert 0 < attention.interference(attention.main, "flow").nanmean() < 1
     if name == "replay":
         assert torch.equal(edited.pictures["target"], edited.pictures["reconstruction"])
-    else:
-        assert 0 < attention.interference().nanmean() < 1
 
 
 def test_latents_are_told_by_the_branches_that_denoise_them(tiny):
