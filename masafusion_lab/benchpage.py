@@ -13,7 +13,7 @@ from PIL import Image
 
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_picture
-from masafusion_lab.look import SERIES, WIDTH, save, styled
+from masafusion_lab.look import SERIES, save, styled
 from masafusion_lab.metrics import MEASURES
 from masafusion_lab.protocol import Protocol
 from masafusion_lab.report import page
@@ -119,7 +119,7 @@ def _thumbnail(image: Image.Image, thumb: Path) -> np.ndarray:
 @styled
 def _plot(path: Path, draw: Callable[[Figure], bool]) -> Path | None:
     """Write what `draw` makes of a figure, if it has something to show."""
-    figure = Figure((WIDTH, 3.4), layout="constrained")
+    figure = Figure((5.6, 3.2), layout="constrained")
     if not draw(figure):
         return None
     save(figure, path)

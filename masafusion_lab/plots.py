@@ -135,7 +135,7 @@ def importances(points: Sequence[Record], dimensions: Sequence[str], measures: S
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("part of the variance that it explains alone")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
@@ -161,11 +161,11 @@ def parallel(
         good = goodness.get(points[n]["point"], 0.0)
         axes.plot(range(len(names)), [level[n] for level in levels], color=_shade(good), linewidth=1 + good, alpha=0.8)
     for k, (low, high) in enumerate(ticks):
-        axes.axvline(k, color=LINE, zorder=0)
+        axes.vlines(k, 0, 1, color=LINE, zorder=0)
         axes.text(k, -0.03, low, ha="center", va="top", fontsize=8, color=SOFT)
         axes.text(k, 1.03, high, ha="center", va="bottom", fontsize=8, color=SOFT)
     axes.set_xticks(range(len(names)), [short(name) for name in names], rotation=20, ha="right")
-    axes.tick_params(axis="x", pad=14)
+    axes.tick_params(axis="x", pad=14, length=0)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return figure
