@@ -160,11 +160,13 @@ class FlowTap:
             if (known := (id(p), prompt, new)) not in done:
                 here = inside[:, None, sight.first : sight.first + p.shape[2]]  # (B, 1, queries)
                 if sight.site.cross:
-                    mass = (p @ self.edited[prompt].to(p)[:, None, :, None])[..., 0]
+                    mass = _mass(p, self.edited[prompt])
                     done[known] = [torch.stack([(here * mass).sum(-1), ((1 - here) * mass).sum(-1)], -1)]
                 else:  # of each query the mass on keys inside A, and on those that are made anew: (B, heads, queries)
-                    keys = torch.stack([inside.repeat(1, len(new)), torch.cat([inside * n for n in new], -1)], -1)
-                    across = [(here * (1 - m), (1 - here) * m) for m in (p @ keys.to(p)[:, None]).unbind(-1)]
+                    place = _mass(p, inside.repeat(1, len(new)))
+                    one = len(set(new)) == 1
+                    made = place * new[0] if one else _mass(p, torch.cat([inside * n for n in new], -1))
+                    across = [(here * (1 - m), (1 - here) * m) for m in (place, made)]
                     done[known] = [torch.stack([a.sum(-1), b.sum(-1)], -1) / all_of for a, b in across]
             for kind, sums in zip(("spill",) if sight.site.cross else ("flow", "mixed"), done[known], strict=True):
                 _tally(self, kind, row, sight, self.steps, sums)
@@ -217,6 +219,11 @@ def pooled(grid: tuple[int, int], side: int) -> tuple[int, int, int]:
 def region(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """A (B, pixels) at a layer's resolution, 0 or 1: those of which half or more is in the mask (B, 1, h, w)."""
     return (F.adaptive_avg_pool2d(mask.float(), grid) >= 0.5).float().flatten(1)
+
+
+def _mass(p: Tensor, keys: Tensor) -> Tensor:
+    """The mass (B, heads, queries) of weights p on keys (B, n)."""
+    return (p @ keys.to(p)[:, None, :, None])[..., 0]
 
 
 def _sums(tap: WordTap | PixelTap, kind: str, row: Row, site: Site, shape: Sequence[int], like: Tensor) -> Tensor:
