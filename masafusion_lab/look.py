@@ -6,7 +6,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from matplotlib import cycler, rc_context
+from cycler import cycler
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
