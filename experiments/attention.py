@@ -15,11 +15,12 @@ is no finding: inside 1, outside 0 with (13); outside 0 with (9). crossing: by p
 enter A. Nothing of it follows from the rules, but of (9) and (13) it says where the source is read, and takes old
 things inside A for the edit's own; with (10) it is of the intermediate image's map. words_outside: the share outside A
 of the edited words' cross-attention by which the target is denoised; 0 by rule where the source's prompt denoises the
-outside. distance: total variation, inside A, of the target's own self-attention from that of the intermediate image,
-whose map (10) borrows, and from that of the source.
+outside. distance: total variation inside A, 0 to 1, of the self-attention of the intermediate image, whose map (10)
+borrows, and of the source: from the target's own, which is made with the former's and near it by that too, and from the
+true target's, inverted, under the target prompt: "an underlying correct image" (4.1), which no method has seen.
 
 Intervals are of 95 %, by the bootstrap over pictures. What is there already is not made again, so a run that was killed
-goes on. In 50 steps a picture of word_iou is 100 UNet rows, of interference 50 and, by method, 500, 200, 300 and 100;
+goes on. In 50 steps a picture of word_iou is 100 UNet rows, of interference 150 and, by method, 500, 200, 300 and 100;
 steps=20 batch=8 is a run for less.
 """
 
@@ -27,90 +28,41 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from experiments.random_sd import SIZES, build
+from experiments.overhead import BARS, SHAPES, overhead, shaped
 from masafusion_lab import config, phases
-from masafusion_lab.callbacks import Attend, peak_memory_gb
+from masafusion_lab.callbacks import Attend
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.maps import Attention
 from masafusion_lab.picturebook import picture
 from masafusion_lab.picturebook.draw import coverage
 from masafusion_lab.progress import bar, console
-from masafusion_lab.request import cases_of, read
-from masafusion_lab.runs import read_json, write_json
+from masafusion_lab.runs import read_json, replacing, write_json
 from masafusion_lab.watch import Watch
 
-BARS = {"overhead_time": 0.15, "overhead_memory": 0.10}
 METHODS = {
     "masafusion": "method.name=masafusion",
     "no_region": "method.name=masafusion_no_adapter method.use_mask=false",  # (13) everywhere
     "region_only": "method.name=masafusion_no_adapter",  # (14)
     "plain": "method.name=plain",
 }
-SHAPES = {"picturebook": "", "sd14": "full", "small": "small"}
-"""Of the model whose overhead is measured: the built-in one, or a random one of a size of random_sd.py."""
 NUMBERS = "meters.json"
 METERS = {"interference": ("inside", "outside"), "crossing": ("leaving", "entering"), "words_outside": ()}
 """What is told of a method, with its parts."""
-
-
-@contextmanager
-def shaped(shape: str) -> Iterator[list[str]]:
-    """The key=value words of a model of that shape, which is there meanwhile."""
-    if not SHAPES[shape]:
-        yield []
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), SIZES[SHAPES[shape]])
-        yield [f"model.path={folder}", "size=512", "steps=5"]
-
-
-def one_edit(words: Sequence[str], watched: bool) -> tuple[float, float]:
-    """Seconds of the example's denoising, the processor's where the model runs on it, and peak gigabytes."""
-    experiment = read(words, [])
-    lab = phases.build(experiment)
-    (case,) = cases_of(experiment)
-    ((_, record, _),) = phases.invert(lab, [case])
-    editor = phases.Editor(lab.model, lab.method, lab.schedule)
-    item = phases._item(case, lab.prepare(case), record)
-    if watched:
-        watch = Watch(bins=max(1, min(Watch.bins, len(lab.schedule) // 5)))  # short runs are looked at as often
-        editor.watch = lambda batch: watch.begin(editor, batch).taps
-    start = time.process_time()
-    (edited,) = editor.predict_step([item])
-    spent = time.process_time() - start if lab.model.device.type == "cpu" else edited.seconds["denoise"]
-    return spent, peak_memory_gb() or 0.0
-
-
-def overhead(words: Sequence[str], repeats: int) -> dict[str, float]:
-    """What watching adds to one edit, each measured in a process of its own, the two by turns; medians."""
-    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for _ in range(repeats):
-        for watched in found:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found[watched].append(pool.submit(one_edit, words, watched).result())
-    (seconds, gb), (seconds_watched, gb_watched) = (np.median(found[watched], axis=0) for watched in (False, True))
-    return {
-        "overhead_time": float(seconds_watched / seconds - 1),
-        "overhead_memory": float(gb_watched / gb - 1),
-        "seconds": float(seconds),
-        "peak_gb": float(gb),
-    }
 
 
 def numbers(
@@ -168,8 +120,21 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
-def shares(attention: Attention) -> dict[str, float]:
-    """The meters of one edit; see above."""
+def own_map(attention: Attention, latent: str) -> Tensor:
+    """What each cell attends to, shares of its mass (h', w', h", w"): the mean over finest layers, steps and heads."""
+    mean = attention.pixels(latent).mean
+    return mean / mean.sum((2, 3), keepdim=True)
+
+
+def keep_map(attention: Attention, maps: Path) -> dict[str, float]:
+    """Keep the map of a true target."""
+    with replacing(maps / f"{attention.facts['case']}.safetensors") as partial_file:
+        save_file({"map": own_map(attention, "source").half()}, partial_file)
+    return {}
+
+
+def shares(attention: Attention, maps: Path) -> dict[str, float]:
+    """The meters of one edit; see above. `maps`: where those of the true targets are."""
     inside, outside = attention.interference().nanmean((0, 1)).tolist()
     leaving, entering = attention.interference(kind="flow").nanmean((0, 1)).tolist()
     found = {
@@ -181,17 +146,27 @@ def shares(attention: Attention) -> dict[str, float]:
         "entering": entering,
         "words_outside": float(attention.spilled().nanmean()),
     }
-    for latent, name in (("t2i", "intermediate"), ("source", "source")):
-        if {latent, "target"} <= attention.facts["latents"].keys():
+    if "t2i" in attention.facts["latents"]:
+        truth = load_file(maps / f"{attention.facts['case']}.safetensors")["map"].float()
+        part = F.adaptive_avg_pool2d(attention.tensors["mask"][None].float(), truth.shape[:2])[0]
+        for latent, name in (("t2i", "intermediate"), ("source", "source")):
             apart = attention.curves("distance", f"{attention.branch(latent)}:{attention.branch('target')}")
-            found[f"distance from {name}"] = float(apart[..., 0].nanmean())
+            found[f"distance from target, {name}"] = float(apart[..., 0].nanmean())
+            apart = (own_map(attention, latent) - truth).abs().sum((2, 3)) / 2
+            found[f"distance from truth, {name}"] = float((part * apart).sum() / part.sum())
+        of = found["distance from truth, source"] - found["distance from truth, intermediate"]
+        found["distance from truth, source less intermediate"] = of
     return found
 
 
 def interference(count: int, out: Path, words: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
     """The meters by method, and how much more they are of each other method than of the first, pair by pair."""
-    over = list(cases("test", count))
-    each = {name: numbers(out / name, [*words, *METHODS[name].split()], over, shares, heads=False) for name in methods}
+    over, maps = list(cases("test", count)), out / "truth-maps"
+    if "masafusion" in methods:
+        truths = [Case(case.id, case.truth, case.target, "") for case in over if case.truth is not None]
+        numbers(out / "truth", [*words, "method.name=replay"], truths, partial(keep_map, maps=maps), heads=False)
+    measure = partial(shares, maps=maps)
+    each = {name: numbers(out / name, [*words, *METHODS[name].split()], over, measure, heads=False) for name in methods}
     found = {name: {meter: np.array([of[meter] for of in its]) for meter in its[0]} for name, its in each.items()}
     first, *others = methods
     return {

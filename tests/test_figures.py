@@ -78,7 +78,9 @@ def test_the_interference_of_methods_is_told_with_what_follows_from_their_rules(
     assert ours["mean"] == pytest.approx((ours["inside"]["mean"] + ours["outside"]["mean"]) / 2)
     assert (ours["outside"]["mean"], theirs["inside"]["mean"], theirs["outside"]["mean"]) == pytest.approx((0, 1, 0))
     assert (ours["words_outside"]["mean"], theirs["words_outside"]["mean"] > 0) == (0, True)
-    assert 0 < ours["distance from intermediate"]["mean"] < 1
+    of = {name: its["mean"] for name, its in ours.items() if name.startswith("distance from truth")}
+    assert all(0 < of[f"distance from truth, {name}"] < 1 for name in ("source", "intermediate"))
+    assert not any(name.startswith("distance") for name in theirs)
     less = found["interference_less"]["no_region"]
     assert less["interference"]["mean"] == pytest.approx(theirs["mean"] - ours["mean"])
     assert "masafusion" in capsys.readouterr().out
