@@ -2,114 +2,67 @@
 
     python -m experiments.attention [--only overhead,word_iou,interference] [--count 200] [--json FILE] [KEY=VALUE ...]
 
-overhead_time and overhead_memory: of all default taps in one edit, 0.1 being 10 %; with model.path=FOLDER size=512
-steps=5 of another model. word_iou: of the map of a thing's word, cut by Otsu's threshold, with the thing's true region,
-over test pictures that are inverted, not edited. interference: the share of the target's self-attention that crosses
-the border of the region, by method, over test edits. Intervals are of 95 %, by the bootstrap over pictures. What is
-there already is not made again.
+overhead_time and overhead_memory: of all default taps in one edit, 0.1 being 10 %; `--shape sd14`: on a random model of
+SD 1.4's shape at 512x512, in five steps. word_iou: of the map of a thing's word, cut by Otsu's threshold, with the
+thing's true region, over test pictures that are inverted, not edited.
+
+interference: the paper's is between preserving and generating (sections 1, 4.1): pixels that shall show something new
+are made of what is there "instead of the eagle itself" (4.2), and what is new spreads to where all shall stay. So it is
+counted by whose values are read: of the self-attention under the prompt by which the target is denoised, inside A and
+outside, the mean of two shares, what pixels inside read of all but what is made anew, and what those outside read of
+what is. With (13) all values are the source's, old things inside A among them. So part of it follows from the rules and
+is no finding: inside 1, outside 0 with (13); outside 0 with (9). crossing: by place alone, the shares that leave and
+enter A. Nothing of it follows from the rules, but of (9) and (13) it says where the source is read, and takes old
+things inside A for the edit's own; with (10) it is of the intermediate image's map. words_outside: the share outside A
+of the edited words' cross-attention by which the target is denoised; 0 by rule where the source's prompt denoises the
+outside. distance: total variation inside A, 0 to 1, of the self-attention of the intermediate image, whose map (10)
+borrows, and of the source: from the target's own, which is made with the former's and near it by that too, and from the
+true target's, inverted, under the target prompt: "an underlying correct image" (4.1), which no method has seen.
+
+Intervals are of 95 %, by the bootstrap over pictures. What is there already is not made again, so a run that was killed
+goes on. In 50 steps a picture of word_iou is 100 UNet rows, of interference 150 and, by method, 500, 200, 300 and 100;
+steps=20 batch=8 is a run for less.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import count as counter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.overhead import BARS, SHAPES, overhead, shaped
 from masafusion_lab import config, phases
-from masafusion_lab.attention import Tap
-from masafusion_lab.callbacks import Attend, peak_memory_gb
+from masafusion_lab.callbacks import Attend
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.picturebook import cases
-from masafusion_lab.fusion import Branch, Plan, Span, Take
-from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.maps import Attention
-from masafusion_lab.methods.protocol import Source
-from masafusion_lab.model import StableDiffusion
 from masafusion_lab.picturebook import picture
 from masafusion_lab.picturebook.draw import coverage
-from masafusion_lab.progress import bar
-from masafusion_lab.request import cases_of, read
-from masafusion_lab.runs import read_json, write_json
-from masafusion_lab.schedule import Schedule
-from masafusion_lab.sites import Site
+from masafusion_lab.progress import bar, console
+from masafusion_lab.runs import read_json, replacing, write_json
 from masafusion_lab.watch import Watch
 
-BARS = {"overhead_time": 0.15, "overhead_memory": 0.10}
-NUMBERS = "numbers.json"
-
-
-@dataclass(frozen=True)
-class Unmasked:
-    """Fusion without a region: (13) everywhere, the target reading the source's K and V in every step and layer."""
-
-    name: ClassVar[str] = "unmasked"
-    guidance: float = 7.5
-
-    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
-        """The source, and the target that reads it."""
-        target = Branch("target", "target", take=Take(None, "S", "S", Span(), Span()))  # (13)
-        return Plan({"S": Branch("source", "source", null="tuned"), "T": target}, {"target": "T"})
-
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        plan, start = self.plan(model.sites, len(schedule)), {"target": source.states[0]}
-        replay = {"source": source.states}
-        yield from lockstep(model, plan, start, given, schedule=schedule, replay=replay, w=self.guidance, taps=taps)
-
-
-def one_edit(words: Sequence[str], watched: bool) -> tuple[float, float]:
-    """Seconds of the example's denoising, the processor's where the model runs on it, and peak gigabytes."""
-    experiment = read(words, [])
-    lab = phases.build(experiment)
-    (case,) = cases_of(experiment)
-    ((_, record, _),) = phases.invert(lab, [case])
-    editor = phases.Editor(lab.model, lab.method, lab.schedule)
-    item = phases._item(case, lab.prepare(case), record)
-    if watched:
-        watch = Watch(bins=max(1, min(Watch.bins, len(lab.schedule) // 5)))  # short runs are looked at as often
-        editor.watch = lambda batch: watch.begin(editor, batch).taps
-    start = time.process_time()
-    (edited,) = editor.predict_step([item])
-    spent = time.process_time() - start if lab.model.device.type == "cpu" else edited.seconds["denoise"]
-    return spent, peak_memory_gb() or 0.0
-
-
-def overhead(words: Sequence[str], repeats: int) -> dict[str, float]:
-    """What watching adds to one edit, each measured in a process of its own, the two by turns; medians."""
-    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for _ in range(repeats):
-        for watched in found:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                found[watched].append(pool.submit(one_edit, words, watched).result())
-    (seconds, gb), (seconds_watched, gb_watched) = (np.median(found[watched], axis=0) for watched in (False, True))
-    return {
-        "overhead_time": float(seconds_watched / seconds - 1),
-        "overhead_memory": float(gb_watched / gb - 1),
-        "seconds": float(seconds),
-        "peak_gb": float(gb),
-    }
+METHODS = {
+    "masafusion": "method.name=masafusion",
+    "no_region": "method.name=masafusion_no_adapter method.use_mask=false",  # (13) everywhere
+    "region_only": "method.name=masafusion_no_adapter",  # (14)
+    "plain": "method.name=plain",
+}
+NUMBERS = "meters.json"
+METERS = {"interference": ("inside", "outside"), "crossing": ("leaving", "entering"), "words_outside": ()}
+"""What is told of a method, with its parts."""
 
 
 def numbers(
@@ -117,23 +70,22 @@ def numbers(
     words: Sequence[str],
     over: Sequence[Case],
     measure: Callable[[Attention], Mapping[str, Any]],
-    method: Any = None,
+    **look: Any,
 ) -> list[dict[str, Any]]:
     """What is measured of each case's attention; it is kept in the case's folder, and found there the next time."""
-    lab = phases.build(config.load(words=words), track=bar)
+    experiment, begun = config.load(words=words), counter(1)
+    batches = -(-len(over) // experiment.batch)
+
+    def track(items: Iterable[Any], what: str) -> Iterable[Any]:
+        return bar(items, f"{out.name}: {what}, {next(begun)} of {2 * batches} or less")  # inversions and edits
 
     def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
         write_json(folder / NUMBERS, measure(attention))
         return {}
 
-    folders = phases.edit(
-        replace(lab, method=method or lab.method),
-        over,
-        out,
-        callbacks=[Attend(Watch(), keep=keep)],
-        whole=lambda folder: (folder / NUMBERS).is_file(),
-    )
-    return [read_json(folder / NUMBERS) for folder in folders]
+    lab, attend = phases.build(experiment, track=track), Attend(Watch(bins=1, **look), keep=keep)
+    folders = phases.edit(lab, over, out, callbacks=[attend], whole=lambda folder: (folder / NUMBERS).is_file())
+    return [{name: float(value) for name, value in read_json(folder / NUMBERS).items()} for folder in folders]
 
 
 def word_iou(count: int, out: Path, words: Sequence[str]) -> dict[str, Any]:
@@ -168,28 +120,70 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
-def interference(count: int, out: Path, words: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
-    """The shares that cross the border of the region by method, and how much less that is with MaSaFusion."""
+def own_map(attention: Attention, latent: str) -> Tensor:
+    """What each cell attends to, shares of its mass (h', w', h", w"): the mean over finest layers, steps and heads."""
+    mean = attention.pixels(latent).mean
+    return mean / mean.sum((2, 3), keepdim=True)
 
-    def measure(attention: Attention) -> dict[str, float]:
-        leaving, entering = attention.interference().nanmean((0, 1)).tolist()
-        return {"leaving": leaving, "entering": entering, "interference": (leaving + entering) / 2}
 
-    over, found = list(cases("test", count)), dict[str, np.ndarray]()
-    by_method: dict[str, Any] = {}
-    for name in methods:
-        method = Unmasked() if name == Unmasked.name else None
-        more = [] if method else [f"method.name={name}"]
-        of = numbers(out / name, [*words, *more], over, measure, method)
-        found[name] = np.array([each["interference"] for each in of])
-        mean, interval = bootstrap(found[name])
-        parts = {part: float(np.mean([each[part] for each in of])) for part in ("leaving", "entering")}
-        by_method[name] = {"mean": mean, "interval": interval, **parts}
-    less = {name: bootstrap(found[name] - found[methods[0]]) for name in methods[1:]}
-    return {
-        "interference": by_method,
-        "interference_less": {name: {"mean": mean, "interval": interval} for name, (mean, interval) in less.items()},
+def keep_map(attention: Attention, maps: Path) -> dict[str, float]:
+    """Keep the map of a true target."""
+    with replacing(maps / f"{attention.facts['case']}.safetensors") as partial_file:
+        save_file({"map": own_map(attention, "source").half()}, partial_file)
+    return {}
+
+
+def shares(attention: Attention, maps: Path) -> dict[str, float]:
+    """The meters of one edit; see above. `maps`: where those of the true targets are."""
+    inside, outside = attention.interference().nanmean((0, 1)).tolist()
+    leaving, entering = attention.interference(kind="flow").nanmean((0, 1)).tolist()
+    found = {
+        "interference": (inside + outside) / 2,
+        "inside": inside,
+        "outside": outside,
+        "crossing": (leaving + entering) / 2,
+        "leaving": leaving,
+        "entering": entering,
+        "words_outside": float(attention.spilled().nanmean()),
     }
+    if "t2i" in attention.facts["latents"]:
+        truth = load_file(maps / f"{attention.facts['case']}.safetensors")["map"].float()
+        part = F.adaptive_avg_pool2d(attention.tensors["mask"][None].float(), truth.shape[:2])[0]
+        for latent, name in (("t2i", "intermediate"), ("source", "source")):
+            apart = attention.curves("distance", f"{attention.branch(latent)}:{attention.branch('target')}")
+            found[f"distance from target, {name}"] = float(apart[..., 0].nanmean())
+            apart = (own_map(attention, latent) - truth).abs().sum((2, 3)) / 2
+            found[f"distance from truth, {name}"] = float((part * apart).sum() / part.sum())
+        of = found["distance from truth, source"] - found["distance from truth, intermediate"]
+        found["distance from truth, source less intermediate"] = of
+    return found
+
+
+def interference(count: int, out: Path, words: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    """The meters by method, and how much more they are of each other method than of the first, pair by pair."""
+    over, maps = list(cases("test", count)), out / "truth-maps"
+    if "masafusion" in methods:
+        truths = [Case(case.id, case.truth, case.target, "") for case in over if case.truth is not None]
+        numbers(out / "truth", [*words, "method.name=replay"], truths, partial(keep_map, maps=maps), heads=False)
+    measure = partial(shares, maps=maps)
+    each = {name: numbers(out / name, [*words, *METHODS[name].split()], over, measure, heads=False) for name in methods}
+    found = {name: {meter: np.array([of[meter] for of in its]) for meter in its[0]} for name, its in each.items()}
+    first, *others = methods
+    return {
+        "interference": {
+            name: {**described(its.pop("interference")), **{meter: described(of) for meter, of in its.items()}}
+            for name, its in ((name, dict(its)) for name, its in found.items())
+        },
+        "interference_less": {
+            name: {meter: described(found[name][meter] - found[first][meter]) for meter in METERS} for name in others
+        },
+    }
+
+
+def described(values: np.ndarray) -> dict[str, Any]:
+    """Mean and interval of what has a value."""
+    mean, interval = bootstrap(values[np.isfinite(values)])
+    return {"mean": mean, "interval": interval}
 
 
 def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = 10_000) -> tuple[float, tuple[float, float]]:
@@ -207,18 +201,32 @@ def show(found: Mapping[str, Any]) -> None:
         if name in found:
             verdict = f"at most {limit:g}: {'reached' if found[name] <= limit else 'NOT reached'}"
             table.add_row(name, f"{found[name]:.3f}", "", verdict)
-    rows = {}
+
     if "word_iou" in found:
-        said = f"by chance {found['word_iou_by_chance']:.3f}"
-        rows["word_iou"] = found["word_iou"], found["word_iou_interval"], said
-    for name, its in found.get("interference", {}).items():
-        said = f"leaving {its['leaving']:.3f}, entering {its['entering']:.3f}"
-        rows[f"interference, {name}"] = its["mean"], its["interval"], said
-    for name, its in found.get("interference_less", {}).items():
-        rows[f"interference, {name} less {next(iter(found['interference']))}"] = its["mean"], its["interval"], ""
-    for name, (mean, (low, high), said) in rows.items():
-        table.add_row(name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}", said)
+        its = {"mean": found["word_iou"], "interval": found["word_iou_interval"]}
+        table.add_row("word_iou", *written(its), f"by chance {found['word_iou_by_chance']:.3f}")
+    by_method = found.get("interference", {})
+    for name, its in by_method.items():
+        for meter in its:
+            if meter.startswith("distance"):
+                table.add_row(f"{meter}, {name}", *written(its[meter]), "")
     Console().print(table)
+    if not by_method:
+        return
+    table = Table("", *("\n".join([meter, *parts]) for meter, parts in METERS.items()))
+    for name, its in by_method.items():
+        rows = {"interference": its, **its}
+        cells = ([*written(rows[meter]), *(written(its[part])[0] for part in METERS[meter])] for meter in METERS)
+        table.add_row(name, *map("\n".join, cells), end_section=True)
+    for name, its in found["interference_less"].items():
+        table.add_row(f"{name} less\n{next(iter(by_method))}", *("\n".join(written(its[meter])) for meter in METERS))
+    Console().print(table)
+
+
+def written(its: Mapping[str, Any]) -> tuple[str, str]:
+    """A mean, and its interval."""
+    low, high = its["interval"]
+    return f"{its['mean']:.3f}", f"{low:.3f}–{high:.3f}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -227,23 +235,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="overhead,word_iou,interference", help="numbers, separated by commas")
     parser.add_argument("--count", type=int, default=200, help="pictures and edits")
     parser.add_argument("--repeats", type=int, default=3, help="edits with and without taps")
-    parser.add_argument("--methods", default="masafusion,unmasked,plain", help="the first is compared with the others")
+    parser.add_argument("--shape", choices=SHAPES, default="picturebook", help="of the model of overhead")
+    parser.add_argument(
+        "--methods", default="masafusion,no_region,plain", help=f"of {', '.join(METHODS)}; the others less the first"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/attention"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
-    parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=5")
+    parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=8 steps=20")
     given = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING)
-    found: dict[str, Any] = {"count": given.count}
-    for name, work in {
-        "overhead": lambda: overhead(given.words, given.repeats),
-        "word_iou": lambda: word_iou(given.count, given.out, given.words),
-        "interference": lambda: interference(given.count, given.out, given.words, given.methods.split(",")),
-    }.items():
-        if name in given.only.split(","):
-            found |= work()
+    methods = given.methods.split(",")
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"--methods {','.join(unknown)}: there are {', '.join(METHODS)}")
+    logging.basicConfig(level=logging.WARNING if console.is_terminal else logging.INFO, format="%(message)s")
+    found: dict[str, Any] = {"count": given.count, "words": given.words}
+    with shaped(given.shape) as shape:
+        for name, work in {
+            "overhead": lambda: {"shape": given.shape, **overhead([*shape, *given.words], given.repeats)},
+            "word_iou": lambda: word_iou(given.count, given.out, given.words),
+            "interference": lambda: interference(given.count, given.out, given.words, methods),
+        }.items():
+            if name in given.only.split(","):
+                found |= work()
+                if given.json:
+                    write_json(given.json, found)
     show(found)
-    if given.json:
-        write_json(given.json, found)
 
 
 if __name__ == "__main__":

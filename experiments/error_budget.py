@@ -29,9 +29,10 @@ from masafusion_lab.data.picturebook import cases, sessions
 from masafusion_lab.editor import Editor, Item, noise_for
 from masafusion_lab.inversion import Direct
 from masafusion_lab.lab import Lab, build
+from masafusion_lab.look import WIDTH, save, styled
 from masafusion_lab.metrics import budget, mse_kept, psnr
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import replacing, write_json
+from masafusion_lab.runs import write_json
 
 MODES = ("pixels", "latents")
 
@@ -98,20 +99,19 @@ def drift(lab: Lab, number: int) -> dict[str, list[float]]:
     return {mode: np.mean(lines, axis=0).tolist() for mode, lines in found.items()}
 
 
+@styled
 def draw(parts: dict[str, float], turns: dict[str, list[float]], path: Path) -> None:
     """The budget as bars, the drift as lines."""
-    figure = Figure(figsize=(7, 2.4), dpi=200, layout="constrained")
+    figure = Figure((WIDTH, 2.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.barh(list(parts), [1e4 * value for value in parts.values()], color="#7a9cc6")
+    left.barh(list(parts), [1e4 * value for value in parts.values()])
     left.invert_yaxis()
     left.set_xlabel("squared error outside A, x1e4")
     for mode, values in turns.items():
-        right.plot(range(len(values)), values, marker="o", markersize=4, label=f"in {mode}")
+        right.plot(range(len(values)), values, marker="o", label=f"in {mode}")
     right.set(xlabel="turn", ylabel="PSNR of what is kept, dB", xticks=range(max(map(len, turns.values()))))
-    right.legend(frameon=False)
-    for suffix in (".pdf", ".png"):
-        with replacing(path.with_suffix(suffix)) as partial:
-            figure.savefig(partial)
+    right.legend()
+    save(figure, path.with_suffix(".pdf"), path.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,8 +22,9 @@ from masafusion_lab import bench, config, interrupt, protocol, tables
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
+from masafusion_lab.look import save, styled
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import replacing, write_parquet, write_text
+from masafusion_lab.runs import write_parquet, write_text
 from masafusion_lab.scoring import Scorer
 
 SIDE = 1.15
@@ -85,6 +86,7 @@ def read(figure: Figure, out: Path, count: int, words: Sequence[str]) -> bench.B
     return bench.Benchmark(out, rows, cases, (figure.turns,), protocol.of(base.bench))
 
 
+@styled
 def draw(made: bench.Benchmark, figure: Figure) -> Path:
     """Draw the pictures of a figure's benchmark, a case a row, at 200 dots an inch and as PDF."""
     panels = figure.panels or {row: (row, "target") for row in made.rows}
@@ -106,10 +108,9 @@ def draw(made: bench.Benchmark, figure: Figure) -> Path:
         said = f"{case.source} → {case.target}" if case.target else case.instruction
         said = textwrap.shorten(said, 40 * len(titles), placeholder=" …")
         grid[n][0].text(0, -0.03, said, fontsize=6, va="top", transform=grid[n][0].transAxes)
-    for suffix in (".pdf", ".png"):
-        with replacing(made.folder / f"{figure.name}{suffix}") as partial:
-            canvas.savefig(partial, dpi=200)
-    return made.folder / f"{figure.name}.png"
+    path = made.folder / f"{figure.name}.png"
+    save(canvas, path.with_suffix(".pdf"), path)
+    return path
 
 
 LEADS = {"source": "source, with A", "target": "true target", "sketch": "sketch"}

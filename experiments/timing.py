@@ -12,12 +12,12 @@ import argparse
 import statistics
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from experiments.speed import command
-from masafusion_lab.runs import replacing, write_json
+from masafusion_lab.look import panel, save, styled
+from masafusion_lab.runs import write_json
 
 RUNS = {
     "DI": ["inversion.name=direct"],
@@ -43,25 +43,23 @@ def run(repeat: int, words: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
+@styled
 def draw(found: dict[str, dict[str, float]], path: Path) -> None:
     """Bars of seconds an image, its inversion and its edit, with the ratios."""
-    figure = Figure(figsize=(6, 2.2), dpi=200, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = panel(6, 2.2)
     names = list(found)
-    axes.barh(names, [found[name]["invert"] for name in names], label="inversion", color="#7a9cc6")
+    axes.barh(names, [found[name]["invert"] for name in names], label="inversion")
     axes.barh(names, [found[name]["edit"] for name in names], left=[found[name]["invert"] for name in names],
-              label="edit", color="#d98c5f")  # fmt: skip
+              label="edit")  # fmt: skip
     for k, name in enumerate(names):
         paper = f", paper {PAPER[name] / PAPER['DI']:.1f}x" if name in PAPER else ""
         total = found[name]["invert"] + found[name]["edit"]
-        axes.text(total, k, f" {found[name]['ratio']:.1f}x{paper}", va="center", fontsize=8)
+        axes.text(total, k, f" {found[name]['ratio']:.1f}x{paper}", va="center")
     axes.invert_yaxis()
     axes.margins(x=0.2)
     axes.set_xlabel("seconds an image")
-    axes.legend(frameon=False)
-    for suffix in (".pdf", ".png"):
-        with replacing(path.with_suffix(suffix)) as partial:
-            figure.savefig(partial)
+    axes.legend()
+    save(figure, path.with_suffix(".pdf"), path.with_suffix(".png"))
 
 
 def main(argv: list[str] | None = None) -> None:

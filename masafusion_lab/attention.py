@@ -27,7 +27,8 @@ class Sight:
     """What a tap sees at once: the weights of a layer's queries from number `first` on.
 
     `grid`: the layer's height and width, pixels being numbered row by row; `p`: (B, heads, queries, keys), float32, by
-    (branch, half of guidance); rows that attend alike share one tensor.
+    (branch, half of guidance); rows that attend alike share one tensor. `values`: the branch whose values a row's keys
+    stand for, of as many pixels each as there are; of keys side by side two.
     """
 
     site: Site
@@ -35,6 +36,7 @@ class Sight:
     grid: tuple[int, int]
     first: int
     p: Mapping[Row, Tensor]
+    values: Mapping[Row, tuple[str, ...]]
 
 
 class Tap(Protocol):
@@ -245,12 +247,16 @@ class RoutedAttention:
             return a, b, b
 
         pairs = [
-            (tap, {row: (how, tuple(triple[:2] for triple in its)) for row, (how, its) in rows.items()})
+            (
+                tap,
+                {row: (how, tuple(triple[:2] for triple in its)) for row, (how, its) in rows.items()},
+                {row: tuple(step.rows[v][0] for *_, v in its) for row, (_, its) in rows.items()},
+            )
             for tap, rows in watched
         ]
         sums = {
             (how, its): terms(how, [part(pair) for pair in its], step, self.site)
-            for how, its in dict.fromkeys(recipe for _, rows in pairs for recipe in rows.values())
+            for how, its in dict.fromkeys(recipe for _, rows, _ in pairs for recipe in rows.values())
         }
         grid, queries = self.site.grid(*step.grid), x.shape[1]
         if grid[0] * grid[1] != queries:
@@ -259,8 +265,8 @@ class RoutedAttention:
         for first in range(0, queries, size):
             chunk = slice(first, first + size)
             p = {recipe: reduce(add, (term.p(chunk) for term in each)) for recipe, each in sums.items()}
-            for tap, rows in pairs:
-                tap.see(Sight(self.site, step, grid, first, {row: p[recipe] for row, recipe in rows.items()}))
+            for tap, rows, values in pairs:
+                tap.see(Sight(self.site, step, grid, first, {row: p[recipe] for row, recipe in rows.items()}, values))
 
 
 def _project(layer: nn.Module, x: Tensor, rows: Sequence[int], n: int) -> Tensor:

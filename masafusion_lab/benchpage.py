@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -15,10 +14,10 @@ from PIL import Image
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.look import SERIES, save, styled
 from masafusion_lab.metrics import MEASURES
-from masafusion_lab.plots import save
 from masafusion_lab.protocol import Protocol
-from masafusion_lab.report import INK, page
+from masafusion_lab.report import page
 from masafusion_lab.runs import case_folder, replacing, write_text
 from masafusion_lab.tables import NOTE, Record, Table, caption, cells, headings
 
@@ -121,14 +120,13 @@ def _thumbnail(image: Image.Image, thumb: Path) -> np.ndarray:
     return np.asarray(image.resize((32, 32), Image.Resampling.BOX), np.float32)
 
 
+@styled
 def _plot(path: Path, draw: Callable[[Figure], bool]) -> Path | None:
     """Write what `draw` makes of a figure, if it has something to show."""
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                                "text.color": INK, "axes.labelcolor": INK}):  # fmt: skip
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        if not draw(figure):
-            return None
-        save(figure, path)
+    figure = Figure((5.6, 3.2), layout="constrained")
+    if not draw(figure):
+        return None
+    save(figure, path)
     return path
 
 
@@ -145,11 +143,11 @@ def by_kind(figure: Figure, records: Sequence[Record], protocol: Protocol) -> bo
         its = [[r[measure] for r in alone if r["row"] == row and r["kind"] == kind] for kind in kinds]
         means = [float(np.nanmean(v)) if np.isfinite(v).any() else np.nan for v in map(np.array, its)]
         aside = 0.7 * ((k + 0.5) / len(rows) - 0.5)
-        axes.plot(np.arange(len(kinds)) + aside, means, "o", markersize=4, label=row)
+        axes.plot(np.arange(len(kinds)) + aside, means, "osD^"[k // len(SERIES) % 4], label=row)
     axes.set_ylabel(MEASURES[measure].title)
     axes.set_xticks(range(len(kinds)), kinds, rotation=20)
-    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    figure.legend(loc="outside right upper", frameon=False)
+    axes.grid(axis="y")
+    figure.legend(loc="outside right upper")
     return True
 
 
@@ -163,7 +161,7 @@ def quality(figure: Figure, table: Table, cost: Mapping[str, float]) -> bool:
     for r in drawn:
         x, y = cost[table.names[r]], float(stand.average[r])
         below, above = y - float(stand.average_low[r]), float(stand.average_high[r]) - y
-        axes.errorbar(x, y, [[max(0, below)], [max(0, above)]], fmt="o", markersize=5, capsize=3, linewidth=1)
+        axes.errorbar(x, y, [[max(0, below)], [max(0, above)]], fmt="o", capsize=3, linewidth=1)
         axes.annotate(table.names[r], (x, y), xytext=(6, 4), textcoords="offset points")
     axes.set_xlim(left=0)
     axes.invert_yaxis()

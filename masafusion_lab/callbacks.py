@@ -130,6 +130,10 @@ class Attend(L.Callback):
         self.watch, self.every, self.keep = watch, every, keep
         self.cases, self.chosen, self.seen = 0, set[str](), dict[str, tuple[Watching, int]]()
 
+    def check(self, editor: Any, item: Item, batch: int) -> None:
+        """Raise InputError if of `batch` such cases nothing would be seen, or more than memory allows."""
+        self.watch.begin(editor, [item], times=batch)
+
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """Have the editor watched."""
 
@@ -163,7 +167,8 @@ class Attend(L.Callback):
             pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
             drawn = (self.keep or draw)(results.jobs[item.id].folder, pictures, attention)
             for logger in trainer.loggers if drawn else ():
-                log_pictures(logger, "attention/figures", drawn, step=self.cases + k, of=item.id)
+                for name, figure in drawn.items():  # W&B wants the pictures of a panel to be of one size
+                    log_pictures(logger, f"attention/{name}", {name: figure}, step=self.cases + k, of=item.id)
                 log_table(logger, "attention/words", word_table(attention, pictures), step=self.cases + k)
                 if "mask" in attention.tensors:
                     log_curves(logger, "attention/interference", *interference_curves(attention), step=self.cases + k)
@@ -192,10 +197,12 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
 
 
 def interference_curves(attention: Attention) -> tuple[list[int], dict[str, list[float]]]:
-    """The steps that were looked at, and by name the shares of the target's attention that cross the border of A."""
-    flow = attention.interference().nanmean(0)
-    steps = (~flow[:, 0].isnan()).nonzero().flatten().tolist()
-    return steps, {"inside to outside": flow[steps, 0].tolist(), "outside to inside": flow[steps, 1].tolist()}
+    """The steps that were looked at, and by name the shares that pixels in- and outside A read across."""
+    names = {"mixed": ("inside: of what is kept", "outside: of what is new"),
+             "flow": ("inside: from outside", "outside: from inside")}  # fmt: skip
+    seen = {kind: attention.interference(attention.main, kind).nanmean(0) for kind in names}
+    steps = (~seen["flow"][:, 0].isnan()).nonzero().flatten().tolist()
+    return steps, {name: seen[kind][steps, k].tolist() for kind, its in names.items() for k, name in enumerate(its)}
 
 
 class Told(L.Callback):

@@ -81,6 +81,7 @@ def attend(
     bins: Annotated[int, typer.Option(min=1, help="Parts of the run that maps are kept apart by.")] = 5,
     every: Annotated[int, typer.Option(min=1, help="Self-attention is looked at in one of so many steps.")] = 5,
     heads: Annotated[bool, typer.Option(help="Whether word maps are kept apart by heads.")] = True,
+    null: Annotated[bool, typer.Option(help="Whether guidance's null half is watched too, for maps.")] = False,
     limit_gb: Annotated[float, typer.Option("--limit-gb", min=0, help="Memory that maps may take.")] = 1.0,
 ) -> None:
     """Edit as edit does, and leave the attention too: figures, maps.safetensors, attention.html to explore it.
@@ -96,10 +97,10 @@ def attend(
     from masafusion_lab.explorer import is_kept, keep
     from masafusion_lab.watch import Watch, span
 
-    watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, every, limit_gb)
+    halves = ("null", "text") if null else ("text",)
+    watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, every, halves, limit_gb)
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    watch.check(lab.model, len(lab.schedule))
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         seen = Attend(watch, keep=keep)
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))

@@ -95,7 +95,11 @@ def _facts(attention: Attention, pictures: Mapping[str, Image.Image], detail: De
             ]
             n = prompt["tokens"]
             specials = [{"text": f"⟨{s}⟩", "places": [k]} for s, k in (("start", 0), ("end", n - 1), ("padding", n))]
-            its = {"name": name, "x": branch["x"], "latent": NAMES.get(branch["x"], branch["x"])}
+            latent = NAMES.get(branch["x"], branch["x"])
+            of = facts["latents"].get(branch["x"], {})
+            if of.get("inside") != of.get("outside"):
+                latent += ", " + next((f"{side} A" for side, its in of.items() if its == name), "read by others")
+            its = {"name": name, "x": branch["x"], "latent": latent}
             branches.append(its | {"prompt": prompt["text"], "words": [specials[0], *words, *specials[1:]]})
     first = next(
         (k for k, b in enumerate(branches) if b["name"] == attention.facts["latents"].get("target", {}).get("inside")),
@@ -108,6 +112,7 @@ def _facts(attention: Attention, pictures: Mapping[str, Image.Image], detail: De
         "bins": facts["bins"] if detail.parts else [[facts["bins"][0][0], facts["bins"][-1][1]]],
         "branches": branches,
         "first": first,
+        "word": next((k for k, word in enumerate(branches[first]["words"]) if word.get("edited")), 1),
         "layers": [layer["name"].replace(".transformer_blocks", "").rsplit(".attn", 1)[0] for layer in cross],
         "pooled": {
             "words": [k for k, layer in enumerate(cross) if not layer["name"].startswith("mid")],

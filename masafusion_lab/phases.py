@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError, __version__, interrupt
-from masafusion_lab.callbacks import Job, Mirror, Results
+from masafusion_lab.callbacks import Attend, Job, Mirror, Results
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared
 from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, precisely
@@ -159,8 +159,8 @@ def _checked(track: Track) -> Track:
     return checked
 
 
-def job(lab: Lab, case: Case, folder: Path) -> Job:
-    """Check a case against model and method, without denoising anything. Raises InputError."""
+def job(lab: Lab, case: Case, folder: Path, callbacks: Sequence[L.Callback] = ()) -> Job:
+    """Check a case against model, method and what shall be watched, without denoising anything. Raises InputError."""
     prepared, model = lab.prepare(case), lab.model
     height, width = prepared.pixels.shape[-2:]
     model.check_size(height, width)
@@ -169,7 +169,8 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     item = _item(case, prepared, Inversion(torch.empty(0)))
-    given = Editor(model, lab.method, lab.schedule).given([item], None)  # raises for words, hints and adapters
+    editor = Editor(model, lab.method, lab.schedule)
+    given = editor.given([item], None)  # raises for words, hints and adapters
     try:
         if hasattr(lab.method, "prepare"):
             given = lab.method.prepare(model, given, lab.schedule)
@@ -179,6 +180,9 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
             latents = {branch.x for branch in plan.branches.values()}
             layers = self_layers(model.sites)
             check(plan, given, steps=len(lab.schedule), layers=layers, latents=latents, prompts=said)
+        for watching in callbacks:
+            if isinstance(watching, Attend):
+                watching.check(editor, item, lab.batch)
     except InputError as error:
         raise InputError(f"{case.id}: {error}") from None
     record = record_facts(lab, prepared.pixels, case.source)
@@ -216,7 +220,7 @@ def edit(
     if twice := [id for id, times in Counter(case.id for case in cases).items() if times > 1]:
         raise InputError(f"case {twice[0]!r} is there twice: every case needs an id of its own")
     folder = Path(folder)
-    jobs = [job(lab, case, folder if len(cases) == 1 else case_folder(folder, case.id)) for case in cases]
+    jobs = [job(lab, case, folder if len(cases) == 1 else case_folder(folder, case.id), callbacks) for case in cases]
 
     def done(job: Job) -> bool:
         return is_done(job.folder, job.key) and whole(job.folder)

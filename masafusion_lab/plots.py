@@ -12,18 +12,9 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
 from masafusion_lab.landscape import Record, importance, pareto
+from masafusion_lab.look import panel, styled
 from masafusion_lab.metrics import MEASURES
-from masafusion_lab.report import INK, LINE, PAPER
-from masafusion_lab.runs import replacing
-
-BEST, SOFT = "#d1242f", "#656d76"
-"""Colour of what is marked as best, and of what is said beside."""
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, as the same bytes whenever it is the same."""
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120, bbox_inches="tight", metadata={"Software": None})
+from masafusion_lab.report import INK, LINE, MARK, PAPER, SOFT
 
 
 def short(name: str) -> str:
@@ -54,13 +45,14 @@ def written(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
+@styled
 def heat_map(points: Sequence[Record], over: Sequence[str], measure: str, recommended: str) -> Figure:
     """A measure over two coordinates, the mean where they leave several points; over one coordinate it is a line.
 
     The best is framed, and the point that is recommended is framed by dashes.
     """
     known = MEASURES[measure]
-    figure, axes = _panel(6.4, 5.2 if len(over) == 2 else 3.6)
+    figure, axes = panel(5.6, 4.6 if len(over) == 2 else 3.2)
     values, place = grid(points, over)
     total, count = np.zeros([len(its) for its in values]), np.zeros([len(its) for its in values])
     for point in points:
@@ -74,7 +66,7 @@ def heat_map(points: Sequence[Record], over: Sequence[str], measure: str, recomm
         axes.plot(columns, mean[0], color=INK, marker="o", markersize=4)
         for at, style in marks:
             axes.plot(
-                columns[at[1]], mean[at], "o" if style == "-" else "s", color=BEST, markersize=11, fillstyle="none"
+                columns[at[1]], mean[at], "o" if style == "-" else "s", color=MARK, markersize=11, fillstyle="none"
             )
         axes.set_ylabel(known.title)
         axes.grid(axis="y", color=LINE)
@@ -88,7 +80,7 @@ def heat_map(points: Sequence[Record], over: Sequence[str], measure: str, recomm
             _numbers(axes, mean, known.digits if mean.size <= 60 or known.digits > 2 else 1, image)
         for at, style in marks:
             frame = Rectangle(
-                (at[1] - 0.5, at[0] - 0.5), 1, 1, fill=False, edgecolor=BEST, linewidth=2.5, linestyle=style
+                (at[1] - 0.5, at[0] - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=2.5, linestyle=style
             )
             axes.add_patch(frame)
         axes.set_xticks(range(len(columns)), columns)
@@ -98,25 +90,19 @@ def heat_map(points: Sequence[Record], over: Sequence[str], measure: str, recomm
     return figure
 
 
-def _panel(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), facecolor=PAPER)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _numbers(axes: Any, mean: np.ndarray, digits: int, image: Any) -> None:
     """The numbers in the cells, dark on light and light on dark."""
     for (row, column), value in np.ndenumerate(mean):
         if np.isfinite(value):
             red, green, blue, _ = image.cmap(image.norm(value))
             colour = INK if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else PAPER
-            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=6, color=colour)
 
 
+@styled
 def trade_off(points: Sequence[Record], names: Sequence[str], best: str) -> Figure:
     """One measure against another, with the Pareto front; the point `best` is ringed."""
-    figure, axes = _panel(6.4, 4.8)
+    figure, axes = panel(5.6, 4.2)
     x, y = ([point[name] for point in points] for name in names)
     signs = [1 if MEASURES[name].higher_is_better else -1 for name in names]
     front = pareto([signs[0] * value for value in x], [signs[1] * value for value in y])
@@ -125,18 +111,19 @@ def trade_off(points: Sequence[Record], names: Sequence[str], best: str) -> Figu
     for n, point in enumerate(points):
         if point["point"] == best:
             axes.plot(
-                x[n], y[n], "o", color=BEST, markersize=12, fillstyle="none", markeredgewidth=2, label="recommended"
+                x[n], y[n], "o", color=MARK, markersize=12, fillstyle="none", markeredgewidth=2, label="recommended"
             )
     axes.set_xlabel(MEASURES[names[0]].title)
     axes.set_ylabel(MEASURES[names[1]].title)
     axes.grid(color=LINE, linewidth=0.6)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
+@styled
 def importances(points: Sequence[Record], dimensions: Sequence[str], measures: Sequence[str]) -> Figure:
     """How much of each measure's variance each coordinate explains alone."""
-    figure, axes = _panel(6.4, 1.2 + 0.28 * len(dimensions) * len(measures))
+    figure, axes = panel(5.6, 1.2 + 0.28 * len(dimensions) * len(measures))
     shades = [INK, SOFT, "#a3abb3", "#d0d5da"]
     height = 0.8 / len(measures)
     for m, measure in enumerate(measures):
@@ -149,16 +136,17 @@ def importances(points: Sequence[Record], dimensions: Sequence[str], measures: S
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("part of the variance that it explains alone")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 
+@styled
 def parallel(
     points: Sequence[Record], dimensions: Sequence[str], measures: Sequence[str], goodness: Mapping[str, float]
 ) -> Figure:
     """Every point as a line through its coordinates and measures, the darker the better."""
     names = [*dimensions, *measures]
-    figure, axes = _panel(max(6.4, 1.5 * len(names)), 4.2)
+    figure, axes = panel(max(5.6, 1.2 * len(names)), 3.6)
     levels, ticks = [], []
     for name in names:
         its = [point[name] for point in points]
@@ -174,11 +162,11 @@ def parallel(
         good = goodness.get(points[n]["point"], 0.0)
         axes.plot(range(len(names)), [level[n] for level in levels], color=_shade(good), linewidth=1 + good, alpha=0.8)
     for k, (low, high) in enumerate(ticks):
-        axes.axvline(k, color=LINE, zorder=0)
+        axes.vlines(k, 0, 1, color=LINE, zorder=0)
         axes.text(k, -0.03, low, ha="center", va="top", fontsize=8, color=SOFT)
         axes.text(k, 1.03, high, ha="center", va="bottom", fontsize=8, color=SOFT)
     axes.set_xticks(range(len(names)), [short(name) for name in names], rotation=20, ha="right")
-    axes.tick_params(axis="x", pad=14)
+    axes.tick_params(axis="x", pad=14, length=0)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
     return figure
@@ -186,7 +174,7 @@ def parallel(
 
 def _shade(good: float) -> tuple[float, float, float]:
     """From the colour of lines to that of what is best."""
-    low, high = ([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)] for colour in (LINE, BEST))
+    low, high = ([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)] for colour in (LINE, MARK))
     red, green, blue = (a + good**2 * (b - a) for a, b in zip(low, high, strict=True))
     return red, green, blue
 
@@ -224,5 +212,5 @@ def contact_sheet(
         with Image.open(folder / record["picture"]) as picture:
             sheet.paste(picture.convert("RGB").resize((width, side), Image.Resampling.LANCZOS), (x, y))
         if record["point"] == best:
-            draw.rectangle((x - 3, y - 3, x + width + 2, y + side + 2), outline=BEST, width=3)
+            draw.rectangle((x - 3, y - 3, x + width + 2, y + side + 2), outline=MARK, width=3)
     return sheet

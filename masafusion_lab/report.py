@@ -17,7 +17,8 @@ from torch import Tensor
 
 from masafusion_lab.runs import write_text
 
-INK, LINE, PAPER = "#1f2328", "#d5d9de", "#ffffff"
+INK, SOFT, LINE, PAPER, MARK = "#1f2328", "#59636e", "#d5d9de", "#ffffff", "#c62828"
+"""Colours: of text, of what is said beside, of lines, of the ground, and of what is marked: best, edited."""
 NAMES = {"source": "source", "t2i": "intermediate", "target": "target"}
 """What latents are called where people read."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from masafusion_lab import plots
+from masafusion_lab import look, plots
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.forecast import Forecast
 from masafusion_lab.landscape import (
@@ -81,7 +81,7 @@ def publish(survey: Survey, found: Forecast, scorer: Scorer, loggers: Sequence[A
         path.unlink()  # of fewer points than there are now
     if points:
         for name, figure in figures(findings):
-            plots.save(figure, survey.folder / f"{name}.png")
+            look.save(figure, survey.folder / f"{name}.png")
         for n, sheet in sheets(survey, findings):
             write_picture(survey.folder / f"sheet-{n}.png", sheet)
     write_page(survey, found, findings)

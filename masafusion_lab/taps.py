@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,17 +125,20 @@ class PixelTap:
 class FlowTap:
     """The interference meter: attention mass that crosses the border of the region A, by step, layer and head.
 
-    "flow/BRANCH/HALF/DEPTH" -> (B, T, heads, 2), of self-attention: the share of mass that goes from queries inside A
-    to keys outside, and from outside to inside. "spill/BRANCH/HALF/DEPTH" -> (B, T, heads, 2), of cross-attention:
-    the mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. Where nothing was seen,
-    or there is no query, NaN. `mask`: A at latent resolution, (B, 1, h, w); a pixel of a layer belongs to A as much
-    as the cell of it that does most.
+    Of self-attention two shares, (B, T, heads, 2), of what pixels inside A read, and those outside:
+      "flow/BRANCH/HALF/DEPTH"   by place: from keys on the other side of the border;
+      "mixed/BRANCH/HALF/DEPTH"  by what is read: inside, of all but what is made anew; outside, of what is made anew.
+    Made anew are the values inside A of branches on any latent but `kept`, that of the source: those that a rule takes
+    from the source are kept wherever they lie. "spill/BRANCH/HALF/DEPTH" -> (B, T, heads, 2), of cross-attention: the
+    mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. Where nothing was seen, or
+    there is no query, NaN. `mask`: A at latent resolution, (B, 1, h, w).
     """
 
     mask: Tensor
     steps: int
     edited: Mapping[str, Tensor]
     scope: Scope = Scope()
+    kept: str = "source"
     sums: dict[str, Tensor] = field(default_factory=dict)
     own = False
 
@@ -144,22 +148,28 @@ class FlowTap:
 
     def see(self, sight: Sight) -> None:
         """Add these queries to the step's mass."""
-        inside, cross = _region(self.mask, sight.grid), sight.site.cross  # (B, pixels)
-        done: dict[tuple[int, str], Tensor] = {}
+        inside = region(self.mask, sight.grid)  # (B, pixels)
+        all_of = torch.stack([inside.sum(-1), (1 - inside).sum(-1)], -1)[:, None]  # (B, 1, 2)
+        done: dict[tuple[Any, ...], Sequence[Tensor]] = {}
         for row, p in sight.p.items():
-            prompt = sight.step.branches[row[0]].prompt
-            if cross and prompt not in self.edited:
+            branch, values = sight.step.branches[row[0]], sight.values[row]
+            prompt = branch.prompt if row[1] == "text" else branch.null
+            if sight.site.cross and prompt not in self.edited:
                 continue
-            if (known := (id(p), prompt)) not in done:
-                if not cross:  # where keys of two branches stand side by side, those of a place are one
-                    p = p.unflatten(-1, (-1, inside.shape[-1])).sum(-2) if p.shape[-1] > inside.shape[-1] else p
-                mass = (p @ (self.edited[prompt] if cross else inside).to(p)[:, None, :, None])[..., 0]  # of a query
+            new = tuple(sight.step.branches[name].x != self.kept for name in values)
+            if (known := (id(p), prompt, new)) not in done:
                 here = inside[:, None, sight.first : sight.first + p.shape[2]]  # (B, 1, queries)
-                m, n = (mass, mass) if cross else (1 - mass, mass)
-                sums = torch.stack([(here * m).sum(-1), ((1 - here) * n).sum(-1)], -1)  # (B, heads, 2)
-                all_of = torch.stack([inside.sum(-1), (1 - inside).sum(-1)], -1)[:, None]
-                done[known] = sums if cross else sums / all_of
-            _tally(self, "spill" if cross else "flow", row, sight, self.steps, done[known])
+                if sight.site.cross:
+                    mass = _mass(p, self.edited[prompt])
+                    done[known] = [torch.stack([(here * mass).sum(-1), ((1 - here) * mass).sum(-1)], -1)]
+                else:  # of each query the mass on keys inside A, and on those that are made anew: (B, heads, queries)
+                    place = _mass(p, inside.repeat(1, len(new)))
+                    one = len(set(new)) == 1
+                    made = place * new[0] if one else _mass(p, torch.cat([inside * n for n in new], -1))
+                    across = [(here * (1 - m), (1 - here) * m) for m in (place, made)]
+                    done[known] = [torch.stack([a.sum(-1), b.sum(-1)], -1) / all_of for a, b in across]
+            for kind, sums in zip(("spill",) if sight.site.cross else ("flow", "mixed"), done[known], strict=True):
+                _tally(self, kind, row, sight, self.steps, sums)
 
 
 @dataclass
@@ -182,7 +192,7 @@ class DistanceTap:
 
     def see(self, sight: Sight) -> None:
         """Add these pixels to the step's mean."""
-        inside = _region(self.mask, sight.grid)[:, None]
+        inside = region(self.mask, sight.grid)[:, None]
         for a, b in self.pairs:
             for half in {half for _, half in sight.p}:
                 if (a, half) not in sight.p or (b, half) not in sight.p:
@@ -206,9 +216,14 @@ def pooled(grid: tuple[int, int], side: int) -> tuple[int, int, int]:
     return f, -(-grid[0] // f), -(-grid[1] // f)
 
 
-def _region(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A (B, pixels) at a layer's resolution."""
-    return F.adaptive_max_pool2d(mask.float(), grid).flatten(1)
+def region(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A (B, pixels) at a layer's resolution, 0 or 1: those of which half or more is in the mask (B, 1, h, w)."""
+    return (F.adaptive_avg_pool2d(mask.float(), grid) >= 0.5).float().flatten(1)
+
+
+def _mass(p: Tensor, keys: Tensor) -> Tensor:
+    """The mass (B, heads, queries) of weights p on keys (B, n)."""
+    return (p @ keys.to(p)[:, None, :, None])[..., 0]
 
 
 def _sums(tap: WordTap | PixelTap, kind: str, row: Row, site: Site, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +36,8 @@ class Watch:
     """Whether word maps are kept apart by heads."""
     every: int = 5
     """Self-attention is looked at in the first of so many steps of a bin, and so on; cross-attention in all."""
+    halves: tuple[str, ...] = ("text",)
+    """Halves of guidance that are watched."""
     limit_gb: float = 1.0
     """Memory that the maps of a batch may take."""
 
@@ -44,35 +46,39 @@ class Watch:
         """The settings that decide what is seen."""
         return {name: str(value) for name, value in vars(self).items() if name != "limit_gb"}
 
-    def check(self, model: StableDiffusion, steps: int) -> None:
-        """Raise InputError if nothing of a run of so many steps would be seen."""
-        Scope(self.steps, self.layers).check(model.sites, steps)
+    def begin(self, editor: Editor, batch: Sequence[Item], *, times: int = 1) -> Watching:
+        """Watch a batch, its records not asked for yet; `times`: so many are to be watched at once.
 
-    def begin(self, editor: Editor, batch: Sequence[Item]) -> Watching:
-        """Watch a batch. Raises InputError where nothing would be seen, or the maps be more than memory allows."""
+        Raises InputError where nothing would be seen, or the maps would be more than memory allows.
+        """
         model, steps = editor.model, len(editor.schedule)
-        self.check(model, steps)
+        Scope(self.steps, self.layers).check(model.sites, steps)
         plan = editor.method.plan(model.sites, steps) if hasattr(editor.method, "plan") else None
         latents = {} if plan is None else denoisers(plan)
         shown = [inside for inside, _ in latents.values()] or None
         seen = [i for i in range(steps) if i in self.steps]
         parts = [range(seen[part.start], seen[part.stop - 1] + 1) for part in bins(len(seen), self.bins)]
-        looks = Scope({i for part in parts for i in part[:: self.every]}, self.layers)
+        looks = Scope({i for part in parts for i in part[:: self.every]}, self.layers, None, self.halves)
         prompts = [prompts_of(model, item) for item in batch]
         tokens = max(prompt["tokens"] for of in prompts for prompt in of.values())
-        word = WordTap(parts, tokens, Scope(self.steps, self.layers), self.heads)
-        pixel = PixelTap(parts, Scope(looks.steps, looks.layers, shown))
-        h, w = batch[0].record.states.shape[-2:]
-        need = len(batch) * sum(
-            word.bytes(site, site.grid(h, w), 1 if plan is None else len(plan.branches))
-            + pixel.bytes(site, site.grid(h, w), len(shown or [0]))
-            for site in model.sites
-            if site.depth in self.layers
+        word = WordTap(parts, tokens, Scope(self.steps, self.layers, None, self.halves), self.heads)
+        pixel = PixelTap(parts, replace(looks, branches=shown))
+        h, w = (side // model.factor for side in batch[0].pixels.shape[-2:])
+        count = times * len(batch)
+        need = (
+            count
+            * len(self.halves)
+            * sum(
+                word.bytes(site, site.grid(h, w), 1 if plan is None else len(plan.branches))
+                + pixel.bytes(site, site.grid(h, w), len(shown or [0]))
+                for site in model.sites
+                if site.depth in self.layers
+            )
         )
         if need > self.limit_gb * 2**30:
             raise InputError(
-                f"attention maps of {len(batch)} pictures would take {need / 2**30:.2f} GB, but {self.limit_gb:g} are "
-                "allowed: take fewer bins, heads or layers, batch=1, or allow more"
+                f"attention maps of {count} {'pictures' if count > 1 else 'picture'} would take {need / 2**30:.2f} GB, "
+                f"but {self.limit_gb:g} are allowed: take fewer bins, heads or layers, batch=1, or allow more"
             )
         mask = torch.stack([torch.ones(1, h, w) if item.mask is None else item.mask for item in batch]).to(model.device)
         target, _ = latents.get("target", ("", ""))

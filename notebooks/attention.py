@@ -65,8 +65,10 @@ for x, name in (("source", "source"), ("t2i", "intermediate")):
 # %% [markdown]
 # ## What crosses the border
 #
-# Interference, as a share: of the attention of pixels inside the region, what goes outside, and the reverse; and how much
-# of the edited words' cross-attention lies outside. Dotted: if every pixel attended to all alike.
+# Interference, as a share: of what pixels inside the region read, all but what is made anew, and of what those outside
+# read, what is made anew. It counts whose values are read; by place alone (dashed) the old things that lie inside would
+# pass for new. Below: how much of the edited words' cross-attention lies outside, and as the edit uses it none, as there
+# the source's prompt denoises; and how far the maps of the others are from the target's own.
 
 # %%
 Image.open(folder / "attention_interference.png")

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -23,7 +24,15 @@ def attend(monkeypatch, capsys, tmp_path, tiny_root):
     """Run `masafusion attend` on a small picture; its exit status, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     drawn().save("pic.png")
-    words = [f"model.path={tiny_root}", "image=pic.png", "size=48x32", "steps=2", "tracking.mode=off", "out=run"]
+    words = [
+        f"model.path={tiny_root}",
+        "image=pic.png",
+        "size=48x32",
+        "steps=2",
+        "tracking.mode=off",
+        "out=run",
+        "store=store",
+    ]
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["masafusion", "attend", *words, *argv])
@@ -56,10 +65,11 @@ def test_what_was_seen_already_is_not_looked_at_again_but_under_other_settings(a
     assert (tmp_path / "run/target.png").read_bytes() == before
 
 
-def test_a_picture_that_is_only_inverted_needs_no_target(attend, tmp_path):
-    code, _, err = attend("source=a cat on grass", "method.name=replay")
+@pytest.mark.parametrize("region", [(), ("box=6,6,30,26",)], ids=["no region", "region"])
+def test_a_picture_that_is_only_inverted_needs_no_target(attend, tmp_path, region):
+    code, _, err = attend("source=a cat on grass", "method.name=replay", *region)
     assert code == 0, err
-    assert not (tmp_path / "run" / FIGURES[2]).exists()  # there is no region
+    assert (tmp_path / "run" / FIGURES[2]).exists() == bool(region)
     assert list(Attention.load(tmp_path / "run/maps.safetensors").facts["latents"]) == ["source"]
 
 
@@ -77,6 +87,7 @@ def test_what_cannot_be_watched_is_one_line_and_leaves_nothing(attend, tmp_path,
     assert code == 2
     assert said in err
     assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "store").rglob("*.safetensors"))  # nothing was inverted
 
 
 def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
@@ -86,7 +97,8 @@ def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[Attend(Watch(bins=1), every=2)])
     assert [(f / FIGURES[0]).exists() for f in folders] == [True, False, True]
     media = next(folder.glob("wandb/offline-run-*")) / "files/media"
-    assert len(list(media.glob("images/attention/figures_*.png"))) == 2 * 3
+    for name in FIGURES:
+        assert len(list(media.glob(f"images/attention/{Path(name).stem.removeprefix('attention_')}_*.png"))) == 2
     tables = [json.loads(path.read_text()) for path in media.rglob("*.table.json")]
     words = next(table for table in tables if "word" in table["columns"])
     assert words["columns"] == ["case", "branch", "word", "map", "highest share", "share outside A"]
@@ -94,7 +106,7 @@ def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
     assert {"start", "cat", "grass", "padding"} <= {row[2] for row in words["data"]}
     assert all(0 < row[4] <= 1 and 0 < row[5] < 1 for row in words["data"])
     curves = next(table for table in tables if "word" not in table["columns"])
-    assert len(curves["data"]) == 2  # two curves of one look
+    assert len(curves["data"]) == 4  # four curves of one look
 
 
 def test_attention_is_off_unless_asked_for(tiny_root, tmp_path, caplog):

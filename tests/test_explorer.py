@@ -118,6 +118,9 @@ def test_maps_are_shown_less_finely_where_a_page_would_be_too_large(attention):
     assert len(coarse) < len(fine)
     facts = json.loads(re.search(r'id="facts" type="application/json">(.*?)</script>', coarse)[1])
     assert facts["bins"] == [[0, STEPS]]
+    shown = facts["branches"][facts["first"]]
+    assert (shown["name"], shown["latent"]) == ("T_in", "target, inside A")
+    assert shown["words"][facts["word"]]["text"] == "red"  # the first that the edit changes
     assert [d.words for d in DETAILS] == sorted((d.words for d in DETAILS), reverse=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import experiments
-from experiments import error_budget, figures, timing
+from experiments import attention, error_budget, figures, timing
 from masafusion_lab import config
 from masafusion_lab.methods import METHODS
 
@@ -67,3 +67,36 @@ def test_timing_is_drawn_with_the_papers_ratio_beside_ours(tmp_path):
     timing.draw(dict.fromkeys(timing.RUNS, row), tmp_path / "timing")
     assert Image.open(tmp_path / "timing.png").width > 1000
     assert timing.PAPER["NTI, paper"] / timing.PAPER["DI"] == pytest.approx(4.2, abs=0.01)
+
+
+def test_the_interference_of_methods_is_told_with_what_follows_from_their_rules(words, tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--json", str(tmp_path / "found.json"), "--methods", "masafusion,no_region"]
+    attention.main(["--only", "interference", "--count", "2", *out, *words, "batch=2"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    ours, theirs = found["interference"].values()
+    assert ours["interval"][0] <= ours["mean"] <= ours["interval"][1]
+    assert ours["mean"] == pytest.approx((ours["inside"]["mean"] + ours["outside"]["mean"]) / 2)
+    assert (ours["outside"]["mean"], theirs["inside"]["mean"], theirs["outside"]["mean"]) == pytest.approx((0, 1, 0))
+    assert (ours["words_outside"]["mean"], theirs["words_outside"]["mean"] > 0) == (0, True)
+    of = {name: its["mean"] for name, its in ours.items() if name.startswith("distance from truth")}
+    assert all(0 < of[f"distance from truth, {name}"] < 1 for name in ("source", "intermediate"))
+    assert not any(name.startswith("distance") for name in theirs)
+    less = found["interference_less"]["no_region"]
+    assert less["interference"]["mean"] == pytest.approx(theirs["mean"] - ours["mean"])
+    assert "masafusion" in capsys.readouterr().out
+
+
+def test_an_unknown_method_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        attention.main(["--methods", "masafusion,unmasked"])
+    assert "there are masafusion, no_region, region_only, plain" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_overhead_is_measured_on_a_model_of_any_shape(tmp_path, capsys):
+    words = ["size=128", "steps=2", "model.device=cpu", f"store={tmp_path / 'store'}"]
+    attention.main(["--only", "overhead", "--repeats", "1", "--shape", "small", "--json", str(tmp_path / "f"), *words])
+    found = json.loads((tmp_path / "f").read_text())
+    assert found["shape"] == "small"
+    assert found["overhead_time"] > -1 < found["overhead_memory"]

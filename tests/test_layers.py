@@ -13,7 +13,7 @@ LAYERS = [
     "lockstep shared model loading network contrast taps encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
-    "data hints pidinet editor callbacks report tracking maps watch figures explorer annotate",
+    "data hints pidinet editor callbacks report tracking look heat maps watch figures explorer annotate",
     "config configfile keys request manual lab phases cli upkeep recorded progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage search launch bench scoring tables benchpage publish",
 ]

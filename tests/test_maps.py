@@ -1,7 +1,6 @@
 """What was seen of a case: how it is asked for, by whom it is refused, and its file."""
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,22 +9,16 @@ from PIL import Image
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import install
-from masafusion_lab.fusion import Branch, Plan, Span
-from masafusion_lab.lockstep import lockstep
-from masafusion_lab.maps import Attention, Heat, PixelMaps
+from masafusion_lab.fusion import Span
+from masafusion_lab.heat import Heat, PixelMaps
+from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.watch import Watch, denoisers, span
 from tests.edits import STEPS, case, watched
 from tests.edits import lab as make_lab
 
-
-@dataclass(frozen=True)
-class Generation:
-    """Text to image: nothing is inverted, and nothing read."""
-
-    def __call__(self, model, given, source, x, *, schedule, taps=()):
-        plan = Plan({"T": Branch("target", "target")}, {"target": "T"})
-        yield from lockstep(model, plan, {"target": x}, given, schedule=schedule, taps=taps)
+GENERATION = "t2i_only method.hint_until=0"
+"""Text to image: nothing is inverted, and nothing read."""
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +80,20 @@ def test_what_was_not_seen_is_refused_and_what_was_is_named(attention, ask, said
     [
         (Watch(steps=Span(3)), "steps 3:: the run has steps 0 to 2"),
         (Watch(layers=Span(10, 12)), "layers 10:12: the model has layers 0 to 9"),
-        (Watch(limit_gb=1e-6), r"maps of 1 pictures would take 0.00 GB, but 1e-06 are allowed: take fewer bins"),
+        (Watch(limit_gb=1e-6), r"maps of 1 picture would take 0.00 GB, but 1e-06 are allowed: take fewer bins"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_before_anything_is_denoised(tiny_root, tmp_path, watch, said):
     with pytest.raises(InputError, match=said):
         watched(make_lab(tiny_root, tmp_path), case(), watch=watch)
+
+
+def test_the_null_half_of_guidance_is_watched_where_that_is_asked_for(tiny_root, tmp_path):
+    _, (attention,) = watched(make_lab(tiny_root, tmp_path), case(), watch=Watch(bins=1, halves=("null", "text")))
+    assert attention.words("S", half="null").all().keys() == {"start", "end", "padding"}  # of ""
+    mixed = attention.curves("mixed", "T_in", half="null")
+    assert not torch.equal(mixed, attention.curves("mixed", "T_in"))
+    assert attention.curves("spill", "T_in", half="null").nansum() == 0
 
 
 def test_maps_take_the_memory_that_was_reckoned(tiny_root, tmp_path):
@@ -121,20 +122,17 @@ def test_a_range_that_is_none_is_refused(text):
     assert (span("3", ""), span("2:", ""), span(":", "")) == (Span(3, 4), Span(2), Span())
 
 
-@pytest.mark.parametrize("name", [*METHODS, "generation"])
+@pytest.mark.parametrize("name", [*METHODS, GENERATION])
 def test_the_attention_of_every_method_is_seen(tiny_networks, tmp_path, name):
-    lab = make_lab(tiny_networks, tmp_path, *([] if name == "generation" else [f"method.name={name}"]))
-    if name == "generation":
-        lab.method = Generation()
-    changes = {"mask": None, "hints": {}, "target": ""} if name == "replay" else {"instruction": "make it grass"}
-    (edited,), (attention,) = watched(lab, case(**changes))
+    lab = make_lab(tiny_networks, tmp_path, *f"method.name={name}".split())
+    changes = {"replay": {"hints": {}, "target": ""}, GENERATION: {"hints": {}, "source": ""}}
+    (edited,), (attention,) = watched(lab, case(**changes.get(name, {"instruction": "make it grass"})))
     latent = "source" if name == "replay" else "target"
     assert attention.words(latent).word("grass").values.shape == (8, 12)
     assert attention.pixels(latent).components().shape == (3, 8, 12)
+    assert 0 < attention.interference(attention.main, "flow").nanmean() < 1
     if name == "replay":
         assert torch.equal(edited.pictures["target"], edited.pictures["reconstruction"])
-    else:
-        assert 0 < attention.interference().nanmean() < 1
 
 
 def test_latents_are_told_by_the_branches_that_denoise_them(tiny):
@@ -143,10 +141,25 @@ def test_latents_are_told_by_the_branches_that_denoise_them(tiny):
 
 
 def test_the_interference_of_a_target_is_that_of_the_branches_that_denoise_it(attention):
-    flow = attention.interference()
+    flow, mixed = attention.interference(kind="flow"), attention.interference()
     assert torch.equal(flow[..., 0], attention.curves("flow", "T_in")[..., 0])
-    assert torch.equal(flow[..., 1], attention.curves("flow", "T_out")[..., 1])
+    assert torch.equal(flow[..., 0], attention.curves("flow", "I_in")[..., 0])  # whose map T_in takes
     assert torch.equal(flow[..., 1], attention.curves("flow", "S")[..., 1])  # whose attention T_out takes
+    seen = ~flow[..., 0].isnan()
+    torch.testing.assert_close(mixed[..., 0][seen], flow[..., 0][seen])  # T_in reads its own values
+    assert (mixed[..., 1][seen] == 0).all()  # T_out reads the source's alone
+    assert (attention.curves("spill", "T_in")[..., 1][:, 0] > 0).all()
+    assert (attention.spilled() == 0).all()  # T_out's prompt does not have the edited words
+
+
+def test_without_a_region_all_that_is_read_is_the_sources_and_the_edited_words_act_everywhere(tiny_root, tmp_path):
+    lab = make_lab(tiny_root, tmp_path, "method.name=masafusion_no_adapter", "method.use_mask=false")
+    _, (attention,) = watched(lab, case(), watch=Watch(bins=1))
+    mixed = attention.interference().nanmean((0, 1))
+    torch.testing.assert_close(mixed, torch.tensor([1.0, 0.0]))  # (13)
+    spill = attention.curves("spill", "T_in")
+    torch.testing.assert_close(attention.spilled(), spill[..., 1] / spill.sum(-1), equal_nan=True)
+    assert attention.spilled().nanmean() > 0.1
 
 
 def test_an_edit_in_parts_for_want_of_memory_is_not_counted_twice(tiny_root, tmp_path):

@@ -17,6 +17,7 @@ from tests.edits import STEPS, case, watched
 from tests.edits import lab as make_lab
 
 BRANCHES = {name: SimpleNamespace(x="target", prompt="target") for name in "ab"}
+BRANCHES["S"] = SimpleNamespace(x="source", prompt="source")
 
 
 @pytest.fixture
@@ -24,13 +25,17 @@ def lab(tiny_root, tmp_path):
     return make_lab(tiny_root, tmp_path / "store")
 
 
-def sights(p, grid, *, cross=False, chunks=1, i=0, heads=1):
-    """The weights of each branch (B, heads, queries, keys), as a tap is shown them in so many chunks."""
+def sights(p, grid, *, cross=False, chunks=1, i=0, heads=1, values=None):
+    """The weights of each branch (B, heads, queries, keys), as a tap is shown them in so many chunks.
+
+    `values`: the branches whose values they read, if not each its own.
+    """
     site = Site("down_blocks.0.attn", 0, cross, heads)
     size = math.ceil(grid[0] * grid[1] / chunks)
     for first in range(0, grid[0] * grid[1], size):
         part = {(b, "text"): x[:, :, first : first + size] for b, x in p.items()}
-        yield Sight(site, SimpleNamespace(i=i, branches=BRANCHES), grid, first, part)
+        read = {(b, "text"): values or (b,) for b in p}
+        yield Sight(site, SimpleNamespace(i=i, branches=BRANCHES), grid, first, part, read)
 
 
 def shown(tap, *args, **options):
@@ -121,8 +126,9 @@ def test_attention_that_stays_on_its_side_of_the_border_does_not_interfere():
     inside = mask.flatten().bool()
     p = random_weights(1, 2, 6, 6) * (inside[:, None] == inside[None])
     sums = shown(FlowTap(mask, 3, {}), {"a": p / p.sum(-1, keepdim=True)}, (2, 3))
-    assert sums["flow/a/text/0"][:, 0].abs().max() < 1e-6
-    assert sums["flow/a/text/0"][:, 1:].isnan().all()  # of the other steps nothing was seen
+    for kind in ("flow", "mixed"):
+        assert sums[f"{kind}/a/text/0"][:, 0].abs().max() < 1e-6
+        assert sums[f"{kind}/a/text/0"][:, 1:].isnan().all()  # of the other steps nothing was seen
 
 
 def test_even_attention_crosses_the_border_by_the_areas():
@@ -137,10 +143,26 @@ def test_attention_that_all_leaves_and_all_enters_crosses_wholly():
     torch.testing.assert_close(sums["flow/a/text/0"], torch.ones(1, 1, 1, 2))
 
 
-def test_keys_of_two_branches_side_by_side_count_by_their_place():
+def test_keys_of_two_branches_side_by_side_count_by_their_place_and_by_whose_they_are():
     mask, p = region([1, 0]), torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])[None, None]
-    sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2))
+    sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2), values=("S", "a"))
     torch.testing.assert_close(sums["flow/a/text/0"], torch.tensor([0.3, 0.4]).expand(1, 1, 1, 2))
+    torch.testing.assert_close(sums["mixed/a/text/0"], torch.tensor([0.7, 0.3]).expand(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize(("values", "mixed"), [("S", (1.0, 0.0)), ("b", (0.2, 0.3)), ("a", (0.2, 0.3))])
+def test_what_is_read_of_the_source_is_kept_wherever_it_lies(values, mixed):
+    """So with (13) all that pixels inside A read is kept; with another branch's Q and K their own values count."""
+    mask, p = region([1, 0]), torch.tensor([[0.8, 0.2], [0.3, 0.7]])[None, None]
+    sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2), values=(values,))
+    torch.testing.assert_close(sums["flow/a/text/0"], torch.tensor([0.2, 0.3]).expand(1, 1, 1, 2))
+    torch.testing.assert_close(sums["mixed/a/text/0"], torch.tensor(mixed).expand(1, 1, 1, 2))
+
+
+def test_a_pixel_of_a_coarse_layer_is_inside_if_half_of_it_is():
+    mask, own = region([1, 1, 0, 0], [0, 0, 0, 1]), torch.eye(2)[None, None]  # halves, and a quarter
+    sums = shown(FlowTap(mask, 1, {}), {"a": own.flip(-1)}, (1, 2))
+    torch.testing.assert_close(sums["flow/a/text/0"], torch.ones(1, 1, 1, 2))
 
 
 def test_the_mass_of_edited_words_is_told_apart_by_the_border():
