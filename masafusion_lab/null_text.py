@@ -100,13 +100,15 @@ class NullText:
         loggers: Sequence[Any] = (),
         callbacks: Sequence[L.Callback] = (),
         check: Callable[[], None] = lambda: None,
+        place: int = 0,
     ) -> Inversion:
         """The record of pictures x0 (B, C, h, w) with source and empty embeddings text, empty (B, n, d).
 
         `trainer`: keys of lightning's Trainer, which win over ours. With a `folder`, progress is kept there after each
         denoising step; the same call resumes from it, to the same bits, and removes it when done. `check` is called
-        after each gradient step; what it raises ends the fit. Raises NotFinite naming the step, after a second try in
-        float32 if the UNet runs in less; SystemExit(143) on SIGTERM if nobody handles it.
+        after each gradient step; what it raises ends the fit. `place`: how many fits of its run lie before this one in
+        what is logged. Raises NotFinite naming the step, after a second try in float32 if the UNet runs in less;
+        SystemExit(143) on SIGTERM if nobody handles it.
         """
         options = dict(trainer or {})
         if str(options.get("precision", "")) in ("16-true", "bf16-true", "64-true"):
@@ -115,7 +117,8 @@ class NullText:
             )
         with torch.inference_mode(False):  # what was made in inference mode cannot enter a backward
             x0, text, empty = (tensor.detach().clone() for tensor in (x0, text, empty))
-        run = partial(_run, self.resolved, model, x0, text, empty, schedule, track, folder, loggers, callbacks, check)
+        batch = x0, text, empty, schedule
+        run = partial(_run, self.resolved, model, *batch, track, folder, loggers, callbacks, check, place)
         with _float32(model.unet, self.precision == "float32"):
             try:
                 return run(options)
@@ -139,6 +142,7 @@ def _run(
     loggers: Sequence[Any],
     callbacks: Sequence[L.Callback],
     check: Callable[[], None],
+    place: int,
     options: Mapping[str, Any],
 ) -> Inversion:
     key = hashlib.sha256(repr((__version__, asdict(settings), schedule.timesteps, model.dtype)).encode())
@@ -158,7 +162,7 @@ def _run(
         return Inversion(x, empty.expand(len(schedule), *empty.shape))
     with undisturbed(check), _checkpointing(model.unet, settings.checkpointing):
         module = NullTextInversion(model, goal, text, empty, schedule, settings)
-        module.path, module.key, module.check = path, key.hexdigest(), check
+        module.path, module.key, module.check, module.place = path, key.hexdigest(), check, place
         fit = make(model.device, options, loggers=loggers, callbacks=callbacks).fit
         steps = Steps(len(schedule), settings.inner_steps)
         fit(module, steps, ckpt_path=path if saved else None, weights_only=True if saved else None)

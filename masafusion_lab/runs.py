@@ -239,7 +239,8 @@ class Run:
         then, now = _texts(config.read_bytes()), _texts(self.config_text.encode("utf-8", "backslashreplace"))
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k)]
         if changed := [k for k in differ if not any(f"{k}.".startswith(f"{key}.") for key in INDIFFERENT)]:
-            said = "; ".join(f"{k}: {short(then.get(k, 'nothing'))} there, {short(now.get(k, 'nothing'))} now" for k in changed[:8])
+            texts = ((k, short(then.get(k, "nothing")), short(now.get(k, "nothing"))) for k in changed[:8])
+            said = "; ".join(f"{k}: {before} there, {after} now" for k, before, after in texts)
             more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise InputError(
                 f"{self.folder}: was begun under another configuration ({said}{more}): {REMEDY}, or force=true"

@@ -14,6 +14,7 @@ from masafusion_lab import InputError, interrupt, phases
 from masafusion_lab.runs import case_folder
 from tests.edits import SIZE, STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
+from tests.test_null_text import Curve
 
 NTI = ("inversion.name=null_text", "inversion.inner_steps=3", "inversion.lr=0.002")
 PICTURES = ("source", "mask", "sketch", "reconstruction", "intermediate", "target", "strip")
@@ -110,6 +111,18 @@ def test_null_text_inversion_goes_on_after_a_signal_to_the_same_bits(tiny_root, 
     whole = STEPS + STEPS * (1 + 3 + 1)  # inversion; under the prompt, three gradient steps, the state after them
     assert 0 < calls.count < whole - STEPS
     assert not list((tmp_path / "cut" / "progress").iterdir())
+
+
+def test_every_case_has_a_place_of_its_own_in_what_is_logged_however_the_run_was_cut(tiny_root, store, tmp_path):
+    lab = make_lab(tiny_root, store, "inversion.name=null_text", "inversion.inner_steps=1")
+    cases, logs = [case("a"), case("b", shift=3)], [Curve() for _ in range(3)]
+    list(phases.invert(lab, cases[:1], loggers=logs[:1]))
+    phases.edit(lab, cases, tmp_path / "run", loggers=logs[1:2])
+    steps = [[step for step, facts in log.rows if "nti/step" in facts] for log in logs[:2]]
+    assert steps == [list(range(STEPS)), list(range(STEPS, 2 * STEPS))]
+    (case_folder(tmp_path / "run", "b") / "result.json").unlink()
+    phases.edit(lab, cases, tmp_path / "run", loggers=logs[2:])
+    assert [[step for step, facts in log.rows if "edit/rows" in facts] for log in logs[1:]] == [[0, 1], [1]]
 
 
 def test_an_edit_leaves_pictures_page_and_facts_in_its_folder(lab, tmp_path):
