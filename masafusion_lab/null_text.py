@@ -32,6 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a preset says of the fields that are left None: the paper's appendix A, or the code of Mokady et al. 2023."""
 
 
+PROGRESS = "null_text.ckpt"
+"""How far an inversion is, in its folder."""
+
+
 @dataclass(frozen=True)
 class NullText:
     """Settings of Algorithm 2; a field that is None takes the value of the preset."""
@@ -118,16 +122,18 @@ class NullText:
         with torch.inference_mode(False):  # what was made in inference mode cannot enter a backward
             x0, text, empty = (tensor.detach().clone() for tensor in (x0, text, empty))
         batch = x0, text, empty, schedule
-        run = partial(_run, self.resolved, model, *batch, track, folder, loggers, callbacks, check, place)
+        run = partial(_run, self.resolved, model, *batch, track, loggers, callbacks, check, place)
         with _float32(model.unet, self.precision == "float32"):
             try:
-                return run(options)
+                return run(options, folder)
             except NotFinite as e:
                 if model.dtype == torch.float32 and "16" not in str(options.get("precision")):
                     raise
                 log.warning("%s; it ran in low precision and is repeated in float32", e)
-        with _float32(model.unet):
-            return run(options | {"precision": "32-true"})
+        with _float32(model.unet):  # its progress apart, or each attempt would begin where the other was
+            record = run(options | {"precision": "32-true"}, None if folder is None else Path(folder) / "float32")
+        _forget(folder)
+        return record
 
 
 def _run(
@@ -138,17 +144,18 @@ def _run(
     empty: Tensor,
     schedule: Schedule,
     track: Track,
-    folder: Path | None,
     loggers: Sequence[Any],
     callbacks: Sequence[L.Callback],
     check: Callable[[], None],
     place: int,
     options: Mapping[str, Any],
+    folder: Path | None,
 ) -> Inversion:
-    key = hashlib.sha256(repr((__version__, asdict(settings), schedule.timesteps, model.dtype)).encode())
+    depends = __version__, asdict(settings), schedule.timesteps, model.dtype, sorted(options.items())
+    key = hashlib.sha256(repr(depends).encode())
     for tensor in (x0, text, empty, schedule.abar):
         key.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    path = None if folder is None else Path(folder) / "null_text.ckpt"
+    path = None if folder is None else Path(folder) / PROGRESS
     saved = _saved(path, key.hexdigest())
     if saved is None:
         direct = Direct(inverse_guidance=settings.inverse_guidance, prompt=settings.prompt)
@@ -170,12 +177,17 @@ def _run(
         raise InputError(
             f"the trainer stopped after {module.done} of {len(schedule)} steps: lift its limit in trainer.*"
         )
-    if path is not None:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something else
-            path.parent.rmdir()
+    _forget(folder)
     x = module.x if settings.latents == "resimulated" else module.goal
     return Inversion(x.to(x0.device), torch.stack([e.detach() for e in module.null]).to(x0.device))
+
+
+def _forget(folder: Path | None) -> None:
+    """Remove the progress in a folder, which is done with, and the folder unless it holds something else."""
+    if folder is not None:
+        (Path(folder) / PROGRESS).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(folder).rmdir()
 
 
 def _saved(path: Path | None, key: str) -> dict[str, Any] | None:
