@@ -62,15 +62,24 @@ def invert(
     loggers: Sequence[Any] = (),
     callbacks: Sequence[L.Callback] = (),
     places: Iterable[int] | None = None,
+    lost: Callable[[Case, InputError], None] | None = None,
 ) -> Iterator[tuple[Case, Inversion, bool]]:
     """The record of each case, and whether it was in the store; the others are inverted, equal sizes together.
 
     Null-text inversion that was cut short goes on where it was, to the same bits. `places`: of the cases in what is
-    logged, if not 0, 1, 2 ... Raises InputError and NotFinite.
+    logged, if not 0, 1, 2 ... `lost` is told of a case whose picture or prompt cannot be used, which is left out; without
+    it that is an InputError. Raises InputError and NotFinite.
     """
     waiting: dict[torch.Size, dict[str, Pending]] = {}
     for place, case in zip(count() if places is None else places, cases, strict=False):
-        pixels = lab.prepare(case).pixels
+        try:
+            pixels = lab.prepare(case).pixels
+            lab.model.embed([case.source])
+        except InputError as error:
+            if lost is None:
+                raise
+            lost(case, error)
+            continue
         depends = record_facts(lab, pixels, case.source)
         key = lab.store.key(depends)
         if (record := lab.store.get(key)) is not None:

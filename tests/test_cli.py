@@ -208,6 +208,21 @@ def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned
     assert "MB freed; 0.0 MB" in run("cache", "prune", "--gb", "0", "--store", "store")[1]
 
 
+def test_a_picture_that_cannot_be_used_stops_no_other(run, tmp_path, given):
+    (tmp_path / "set").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "set" / f"{name}.png").write_bytes((tmp_path / "pic.png").read_bytes())
+    (tmp_path / "set/b.png").write_bytes((tmp_path / "pic.png").read_bytes()[:60])
+    words = [word for word in given if word.partition("=")[0] in ("model.path", "steps", "tracking.mode")]
+    code, out, err = run("invert", *words, "cases=set", "store=store", "out=a")
+    assert code == 1
+    assert "a: inverted" in out
+    assert "c: was in the store" in out, "it is the same picture"
+    assert re.search(r"b: \S*b\.png: is damaged or cut short .*; copy it again", err)
+    assert "1 of 3 pictures could not be used: b" in err
+    assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "done"
+
+
 def test_help_lists_every_key_without_loading_anything_heavy():
     code = f"import sys; sys.argv = ['masafusion', 'edit', '--help']\ntry: {MAIN}\n" + (
         "finally: print([name for name in ('torch', 'lightning', 'diffusers', 'numpy', 'PIL') if name in sys.modules])"
