@@ -46,7 +46,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-upkeep.add_to(app)
 
 
 @app.command(cls=WithKeys)
@@ -224,6 +223,9 @@ def lab(
 
     studio = Studio(experiment, words or (), files or (), Path(experiment.out or "runs/app"))
     serve(studio, host=host, port=port, told=lambda url: typer.echo(f"{url}  Ctrl-C ends it"))
+
+
+upkeep.add_to(app)
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ class Experiment:
     """One experiment. Texts are verbatim; "" is: not given."""
 
     image: str = ""
-    """The picture to edit; none: the built-in example."""
+    """The picture to edit; without one, and without cases, the built-in example."""
     source: str = ""
     """What the picture shows, in words."""
     target: str = ""
@@ -88,7 +88,7 @@ class Experiment:
     pidinet: str = ""
     """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
     cases: str = ""
-    """Of invert: a folder of pictures, or a manifest .csv, .jsonl or .yaml."""
+    """Many at once in place of image: a folder of pictures, or a manifest .csv, .jsonl or .yaml with their prompts."""
     size: str = ""
     """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
     dilate: int = 0

@@ -81,6 +81,8 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
     if not needed.inversion:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
     store = Store(Path(experiment.store) if experiment.store else None)
+    if model is None:
+        log.info("reading the model %s", experiment.model.path)
     model = model or StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
         make(model.device, experiment.trainer)

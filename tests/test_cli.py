@@ -96,7 +96,7 @@ def test_all_that_is_wrong_is_said_at_once_and_leaves_nothing(run, tmp_path):
     assert out == ""
     for said in ("8 problems", "image=none.png: no such file", "inversion.name?", "1 to 1000", "'cat'", "mask=m.png",
                  "one region", "target: missing", "model.path=./none"):  # fmt: skip
-        assert said in err.replace("9 problems", "8 problems")
+        assert said in err
     assert list(tmp_path.iterdir()) == []
 
 

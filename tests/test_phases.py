@@ -208,10 +208,11 @@ def test_cases_are_written_when_their_batch_is_done_and_the_others_follow_later(
     [
         ({"mask": None}, "cat: this method acts inside a region: give mask=FILE"),
         ({"hints": {}}, "cat: this method follows a drawn condition"),
+        ({"mask": None, "hints": {}}, "region: give mask=FILE .*; and this .* give sketch=FILE"),
         ({"hints": {"canny": drawn("L", outline=255)}}, "no canny adapter"),
         ({"mask": drawn("L", size=(32, 64), fill=255)}, "32x64"),
     ],
-    ids=["no mask", "no hint", "no adapter", "mask of another shape"],
+    ids=["no mask", "no hint", "neither", "no adapter", "mask of another shape"],
 )
 def test_a_case_that_cannot_be_edited_is_found_before_anything_is_computed(lab, tmp_path, changed, message):
     calls = Calls(lab.model)
@@ -246,3 +247,10 @@ def test_words_beyond_the_encoders_length_are_named(lab, tmp_path, caplog):
     long = "a red dog on grass with " + "and ".join(["a hat "] * 12)
     phases.edit(lab, [case(target=long)], tmp_path / "run")
     assert "cat: the text encoder reads 24 tokens; not read: " in caplog.text
+
+
+def test_a_picture_of_which_nothing_is_said_is_told(lab, tmp_path, caplog):
+    for source, told in (("a cat", False), ("", True)):
+        caplog.clear()
+        phases.job(lab, case(source=source), tmp_path)
+        assert ("cat: is inverted and kept under an empty prompt" in caplog.text) == told
