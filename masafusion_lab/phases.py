@@ -68,8 +68,8 @@ def invert(
     """The record of each case, and whether it was in the store; the others are inverted, equal sizes together.
 
     Null-text inversion that was cut short goes on where it was, to the same bits. `places`: of the cases in what is
-    logged, if not 0, 1, 2 ... `lost` is told of a case whose picture or prompt cannot be used, which is left out. Raises
-    NotFinite, and InputError, without `lost` for such a case too.
+    logged, if not 0, 1, 2 ... `lost` is told of a case whose picture or prompt cannot be used, which is left out.
+    Raises NotFinite, and InputError, without `lost` for such a case too.
     """
     waiting: dict[torch.Size, dict[str, Pending]] = {}
     for place, case in zip(count() if places is None else places, cases, strict=False):
@@ -192,9 +192,7 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0) -> Job:
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     if needs(lab.method).inversion and not case.source:
-        log.warning(
-            '%s: is inverted and kept under an empty prompt; say what it shows, source="a cat on grass"', case.id
-        )
+        log.warning('%s: inverted and kept under an empty prompt; say what it shows, source="a cat on grass"', case.id)
     item = _item(case, prepared, Inversion(torch.empty(0)))
     given = Editor(model, lab.method, lab.schedule).given([item], None)  # raises for words, hints and adapters
     try:
