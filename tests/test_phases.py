@@ -14,6 +14,7 @@ from masafusion_lab import InputError, interrupt, phases
 from masafusion_lab.runs import case_folder
 from tests.edits import SIZE, STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
+from tests.test_editor import Full
 from tests.test_null_text import Curve
 
 NTI = ("inversion.name=null_text", "inversion.inner_steps=3", "inversion.lr=0.002")
@@ -123,6 +124,19 @@ def test_every_case_has_a_place_of_its_own_in_what_is_logged_however_the_run_was
     (case_folder(tmp_path / "run", "b") / "result.json").unlink()
     phases.edit(lab, cases, tmp_path / "run", loggers=logs[2:])
     assert [[step for step, facts in log.rows if "edit/rows" in facts] for log in logs[1:]] == [[0, 1], [1]]
+
+
+def test_out_of_memory_while_inverting_goes_one_by_one(tiny_root, tmp_path, caplog):
+    lab = make_lab(tiny_root, tmp_path / "store", "batch=2")
+    full = Full(1)
+    handle = lab.model.unet.register_forward_hook(full)
+    assert [hit for _, _, hit in phases.invert(lab, [case("a"), case("b", shift=3)])] == [False, False]
+    handle.remove()
+    assert full.rows == [2] + 2 * STEPS * [1]
+    assert "out of memory inverting 2 pictures at once: one by one" in caplog.text
+    lab.model.unet.register_forward_hook(Full(9))
+    with pytest.raises(InputError, match=r"out of memory while inverting one picture: take a smaller size="):
+        list(phases.invert(lab, [case(shift=5)]))
 
 
 def test_an_edit_leaves_pictures_page_and_facts_in_its_folder(lab, tmp_path):
