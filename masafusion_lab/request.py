@@ -77,6 +77,7 @@ def cases_of(e: config.Experiment) -> list[Case]:
     if e.box:
         region = config.box(e.box)
     elif e.mask == "auto":
-        region = hints.region_from_sketches(open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        sketches = (open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        region = hints.region_from_sketches(*sketches, dilate=e.region.margin, hull=e.region.hull)
     image = Path(e.image)
     return [Case(image.stem, image, e.source, e.target, e.instruction, mask=region, hints=drawn)]

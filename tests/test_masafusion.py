@@ -1,6 +1,6 @@
 """MaSaFusion against its algorithm: a literal two-loop version, and the cases whose result is known."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,7 +200,13 @@ SWITCHES = [
     {"init_target": "gauss"},
     {"share_noise": False},
     {"guidance": 3.0},
+    {"fusion_steps": (0, 2)},
+    {"fusion_steps": (0, 2), "fusion_of": "both"},
 ]
+
+
+def test_every_switch_is_in_the_list_above_but_what_is_done_to_the_decoded_picture():
+    assert {name for change in SWITCHES for name in change} | {"background"} == {f.name for f in fields(MaSaFusion)}
 
 
 @pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
