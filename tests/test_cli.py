@@ -208,6 +208,14 @@ def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned
     assert "MB freed; 0.0 MB" in run("cache", "prune", "--gb", "0", "--store", "store")[1]
 
 
+def test_what_is_said_beside_a_set_of_cases_is_not_silently_left_out(run, tmp_path):
+    (tmp_path / "set").mkdir()
+    code, _, err = run("edit", "cases=set", "target=a dog", "box=1,2,3,4")
+    assert code == 2
+    assert "target=a dog: is not read beside cases=set; say it there, in a manifest" in err
+    assert "box=1,2,3,4: is not read" in err
+
+
 def test_a_picture_that_cannot_be_used_stops_no_other(run, tmp_path, given):
     (tmp_path / "set").mkdir()
     for name in ("a", "b", "c"):

@@ -16,10 +16,9 @@ import yaml
 
 from masafusion_lab import InputError
 from masafusion_lab.configfile import is_mere_text
-from masafusion_lab.data.case import Box, Case
+from masafusion_lab.data.case import HINTS, Box, Case
 
 TEXTS = ("id", "source", "target", "instruction")
-HINTS = ("sketch", "canny", "pose")
 COLUMNS = (*TEXTS, "image", "mask", "box", *HINTS, "truth")
 """Of a manifest; only `image` must be there. `box` is left,top,right,bottom in place of a mask; the rest are files."""
 
