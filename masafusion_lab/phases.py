@@ -192,7 +192,7 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0) -> Job:
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     if needs(lab.method).inversion and not case.source:
-        log.warning('%s: inverted and kept under an empty prompt; say what it shows, source="a cat on grass"', case.id)
+        log.warning('%s: is kept under an empty prompt; say what it shows, source="a cat in the snow"', case.id)
     item = _item(case, prepared, Inversion(torch.empty(0)))
     given = Editor(model, lab.method, lab.schedule).given([item], None)  # raises for words, hints and adapters
     try:

@@ -49,7 +49,7 @@ def _wrong_for_an_edit(e: config.Experiment) -> Iterator[str]:
     """What an edit lacks, or has twice."""
     yield from _missing(e)
     if not e.target and not e.instruction and not e.cases and e.method["name"] != "replay":
-        yield 'target: missing; say what the picture shall show, target="a dog on grass"'
+        yield 'target: missing; say what the picture shall show, target="a rabbit in the snow"'
     for key in (*config.PROMPTS, *config.FILES, "box") if e.cases else ():
         if (value := getattr(e, key)) and key not in ("cases", "pidinet"):
             yield f"{key}={value}: is not read beside cases={e.cases}; say it there, in a manifest"

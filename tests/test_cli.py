@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from masafusion_lab import cli, config, keys, phases, request
+from masafusion_lab import cli, config, keys, manual, phases, request
 from masafusion_lab.lockstep import NotFinite
 
 MAIN = "from masafusion_lab.cli import main; main()"
@@ -243,6 +244,14 @@ def test_help_lists_every_key_without_loading_anything_heavy():
         for key in listed:
             assert f"{key.name}." in shown.stdout or f"{key.name}={keys.written(key.default)}" in shown.stdout
     assert "masafusion edit steps=20" in shown.stdout
+
+
+def test_every_example_of_the_help_is_understood():
+    for command in manual.EXAMPLES.values():
+        _, name, *words = shlex.split(command.replace("--print-config", "").replace("--config ", "--config="))
+        assert name in ("edit", "attend", "sweep")
+        files = [request.EXAMPLE.parents[1] / word.partition("=")[2] for word in words if word.startswith("--config=")]
+        config.load(files, [word for word in words if not word.startswith("--")])
 
 
 def complete(**protocol):

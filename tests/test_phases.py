@@ -267,4 +267,4 @@ def test_a_picture_of_which_nothing_is_said_is_told(lab, tmp_path, caplog):
     for source, told in (("a cat", False), ("", True)):
         caplog.clear()
         phases.job(lab, case(source=source), tmp_path)
-        assert ("cat: inverted and kept under an empty prompt" in caplog.text) == told
+        assert ("cat: is kept under an empty prompt" in caplog.text) == told
