@@ -75,15 +75,15 @@ def invert(
     for place, case in zip(count() if places is None else places, cases, strict=False):
         try:
             pixels = lab.prepare(case).pixels
-            lab.model.embed([case.source])
+            depends = record_facts(lab, pixels, case.source)
+            if (record := lab.store.get(key := lab.store.key(depends))) is None:
+                lab.model.embed([case.source])  # raises for words that the model does not know
         except InputError as error:
             if lost is None:
                 raise
             lost(case, error)
             continue
-        depends = record_facts(lab, pixels, case.source)
-        key = lab.store.key(depends)
-        if (record := lab.store.get(key)) is not None:
+        if record is not None:
             log.info("%s: its inversion was found in the store, not inverted again", case.id)
             yield case, record, True
             continue

@@ -79,9 +79,7 @@ def difference(source: str, target: str) -> tuple[list[tuple[str, bool]], list[t
 
 def decibels(value: Any) -> str:
     """A PSNR in words; JSON has no infinity."""
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.2f} dB"
-    return "identical"
+    return "identical" if float(value) == math.inf else f"{float(value):.2f} dB"
 
 
 def page(name: str, **what: Any) -> str:
