@@ -187,11 +187,18 @@ def test_hints_and_region_can_be_drawn(run, given, tmp_path):
     before.save(tmp_path / "before.png")
     os.chdir(tmp_path)
     words = [word for word in given if not word.startswith("box=")]
-    experiment = config.load(words=[*words, "mask=auto", "source_sketch=before.png", "canny=auto"])
-    (case,) = request.cases_of(experiment)
+    words += ["mask=auto", "source_sketch=before.png", "canny=auto"]
+    (case,) = request.cases_of(config.load(words=words))
     assert case.mask.size == case.hints["canny"].size == (64, 64)
     assert case.hints["sketch"] == Path("sketch.png")
     assert case.target == "a dog, {x}"
+    sizes = []
+    for more in ("region.margin=2", "region.margin=6", "region.hull=true"):
+        (other,) = request.cases_of(config.load(words=[*words, more]))
+        sizes.append(sum(other.mask.histogram()[128:]))
+    usual = sum(case.mask.histogram()[128:])
+    assert usual < sizes[0] < sizes[1]
+    assert usual < sizes[2], "what is between lines that moved is in it"
 
 
 def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned(run, given):
