@@ -154,9 +154,7 @@ class Editor(LightningModule):
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()
             interrupt.check()
-        if needs(self.method).paste and given.mask is not None:
-            mask = F.interpolate(given.mask, pixels.shape[-2:]).cpu()
-            pictures["target"] = mask * pictures["target"] + (1 - mask) * pixels.cpu()
+        pictures["target"] = pasted(self.method, given, pictures["target"])
         clock.lap("decode")
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = {phase: spent / len(batch) for phase, spent in clock.seconds.items()}
@@ -210,6 +208,14 @@ def followed(model: StableDiffusion, method: Method, instruction: str) -> str:
     if not (needed.instruction and instruction):
         return ""
     return instruction + (model.suffix if needed.suffix is None else needed.suffix)
+
+
+def pasted(method: Any, given: Given, pictures: Tensor) -> Tensor:
+    """Edited pictures (B, 3, H, W), on the CPU; outside the region the given ones, if the method wants them there."""
+    if not needs(method).paste or given.mask is None or given.pixels is None:
+        return pictures
+    mask = F.interpolate(given.mask, pictures.shape[-2:]).cpu()
+    return mask * pictures + (1 - mask) * given.pixels.cpu()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

@@ -15,6 +15,7 @@ from masafusion_lab import keys
 
 TITLES = {
     "": "The edit and the run",
+    "region": "The region",
     "model": "The model",
     "tracking": "The record",
     "sweep": "The sweep",
@@ -23,8 +24,8 @@ TITLES = {
 }
 EXAMPLES = {
     "the built-in example": "masafusion edit",
-    "a picture of yours, inside a box": 'masafusion edit image=cat.png source="a cat" target="a dog" box=20,40,90,120 '
-    "canny=auto",
+    "a photograph of yours, inside a box, with Stable Diffusion": "masafusion edit --config configs/sd14.yaml "
+    'image=cat.jpg source="a cat on a sofa" target="a dog on a sofa" box=0.2,0.1,0.8,0.9 sketch=redrawn.png',
     "an experiment on file, and what differs from it": "masafusion edit --config configs/sd14_null_text.yaml seed=1",
     "the same, with the attention to explore": "masafusion attend",
     "what would be run": "masafusion edit steps=20 method.preserve_steps=[0,10] --print-config",

@@ -151,7 +151,9 @@ class StableDiffusion:
         for prompt in prompts if self.tokenizer.init_kwargs.get("whole_words") else ():
             if strange := words.unknown(self.tokenizer, prompt):
                 said = "; ".join(f"{word!r} (near: {', '.join(near) or 'none'})" for word, near in strange.items())
-                raise InputError(f"{prompt!r}: this model does not know {said}; take words that it knows")
+                raise InputError(
+                    f"{prompt!r}: this model does not know {said}; take words that it knows, or a larger one"
+                )
         ids = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids

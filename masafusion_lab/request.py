@@ -51,7 +51,10 @@ def _wrong_for_an_edit(e: config.Experiment) -> Iterator[str]:
     """What an edit lacks, or has twice."""
     yield from _missing(e)
     if not e.target and not e.instruction and not e.cases and e.method["name"] != "replay":
-        yield 'target: missing; say what the picture shall show, target="a dog on grass"'
+        yield 'target: missing; say what the picture shall show, target="a rabbit in the snow"'
+    for key in (*config.PROMPTS, *config.FILES, "box") if e.cases else ():
+        if (value := getattr(e, key)) and key not in ("cases", "pidinet"):
+            yield f"{key}={value}: is not read beside cases={e.cases}; say it there, in a manifest"
     if e.mask and e.box:
         yield f"mask={e.mask}, box={e.box}: one region, not two"
     if e.mask == "auto" and not (e.sketch and e.source_sketch):
@@ -69,7 +72,7 @@ def drawn_cases(cases: str) -> int:
 def cases_of(e: config.Experiment) -> list[Case]:
     """The cases that an experiment names, by `cases` or by `image` and what goes with it. Raises InputError."""
     from masafusion_lab import hints
-    from masafusion_lab.data.case import Case
+    from masafusion_lab.data.case import HINTS, Case
     from masafusion_lab.data.pictures import open_hint, open_picture
 
     if count := drawn_cases(e.cases):
@@ -80,7 +83,7 @@ def cases_of(e: config.Experiment) -> list[Case]:
         from masafusion_lab.data.folder import read_cases
 
         return read_cases(Path(e.cases))
-    drawn: dict[str, Any] = {kind: Path(getattr(e, kind)) for kind in hints.HINTS if getattr(e, kind)}
+    drawn: dict[str, Any] = {kind: Path(getattr(e, kind)) for kind in HINTS if getattr(e, kind)}
     if e.canny == "auto":
         drawn["canny"] = hints.canny(open_picture(Path(e.hint_from or e.image)))
     if e.sketch == "auto":
@@ -89,6 +92,7 @@ def cases_of(e: config.Experiment) -> list[Case]:
     if e.box:
         region = config.box(e.box)
     elif e.mask == "auto":
-        region = hints.region_from_sketches(open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        sketches = (open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        region = hints.region_from_sketches(*sketches, dilate=e.region.margin, hull=e.region.hull)
     image = Path(e.image)
     return [Case(image.stem, image, e.source, e.target, e.instruction, mask=region, hints=drawn)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from masafusion_lab import InputError, interrupt, phases
 from masafusion_lab.callbacks import Job
 from masafusion_lab.data.case import Case
-from masafusion_lab.editor import Editor, out_of_memory, precisely
+from masafusion_lab.editor import Editor, out_of_memory, pasted, precisely
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
@@ -67,6 +67,11 @@ class Work:
         """Its denoising by itself."""
         assert self.call is not None
         return self.lab.method(self.lab.model, *self.call, schedule=self.lab.schedule)
+
+    def picture(self, target: Tensor) -> Tensor:
+        """The picture (3, H, W), on the CPU, that its x_0 (1, C, h, w) becomes."""
+        assert self.call is not None
+        return pasted(self.lab.method, self.call[0], self.lab.model.decode(target).cpu())[0]
 
 
 class Runner:
@@ -122,7 +127,7 @@ class Runner:
         found = []
         for work in works:
             lab, job = work.lab, work.job
-            kin = job.record, lab.size, lab.dilate, lab.seed
+            kin = job.record, lab.size, lab.dilate, lab.region, lab.seed
             try:
                 if kin not in calls:
                     with hushed():
@@ -205,7 +210,7 @@ class Runner:
         try:
             if isinstance(target, Exception):
                 raise target
-            edited = precisely(lab.model, job.case.id, lambda: lab.model.decode(target)[0].cpu())
+            edited = precisely(lab.model, job.case.id, lambda: work.picture(target))
         except (ArithmeticError, RuntimeError) as error:
             self.fail(work.point, job.folder, job.key, error)
             return

@@ -1,6 +1,6 @@
 """MaSaFusion against its algorithm: a literal two-loop version, and the cases whose result is known."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,7 +200,13 @@ SWITCHES = [
     {"init_target": "gauss"},
     {"share_noise": False},
     {"guidance": 3.0},
+    {"fusion_steps": (0, 2)},
+    {"fusion_steps": (0, 2), "fusion_of": "both"},
 ]
+
+
+def test_every_switch_is_in_the_list_above_but_what_is_done_to_the_decoded_picture():
+    assert {name for change in SWITCHES for name in change} | {"background"} == {f.name for f in fields(MaSaFusion)}
 
 
 @pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
@@ -223,7 +229,7 @@ def test_without_a_region_or_a_sketch_the_remedy_is_named(case):
     assert torch.equal(without, run(case, MaSaFusion(hint_until=0))[-1].x["target"])
 
 
-@pytest.mark.parametrize("change", [{"edit_steps": (9, 12)}, {"preserve_layers": "40"}, {"edit_layers": "7:7"}])
+@pytest.mark.parametrize("change", [{"edit_steps": (9, 12)}, {"preserve_layers": "40:"}, {"edit_layers": "7:7"}])
 def test_a_window_that_touches_nothing_is_an_error(case, change):
     with pytest.raises(InputError, match="holds none of the"):
         run(case, MaSaFusion(**change))
@@ -236,3 +242,5 @@ def test_layers_are_named_in_running_order(tiny):
     assert layers("3,5", tiny.sites) == {3, 5}
     with pytest.raises(InputError, match="names no layers"):
         layers("upper", tiny.sites)
+    with pytest.raises(InputError, match=r"'0,40': layer 40 is not there; this model has 0 to \d+$"):
+        layers("0,40", tiny.sites)

@@ -61,7 +61,7 @@ def pictures(folder):
 
 
 def test_every_point_is_the_edit_that_it_is_alone(run, tmp_path, model):
-    axes = ["axes.method.preserve=qkv,kv", "axes.dilate=0,1"]
+    axes = ["axes.method.background=none,paste", "axes.region.feather=0,1"]
     found, planned = run(*axes)
     assert len(found.records) == planned.points == 4
     assert planned.shared < 0.9 * planned.alone  # the source's rows are shared whatever differs
@@ -262,7 +262,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path
         (["axes.method.fusion_steps=[2,2],[0,1]"], r"axes.method.fusion_steps=\[2,2\]: must be \[a,b\]"),
         (["axes.method.guidence=3,4"], r"axes.method.guidence: unknown key; did you mean method.guidance"),
         (["axes.method.guidance=3,x"], "method.guidance=x: must be number"),
-        (["axes.method.preserve_layers=all,99"], r"1 points cannot be run .*\n.*=99: .* holds none of the"),
+        (["axes.method.preserve_layers=all,99"], r"1 points cannot be run .*\n.*=99: .* layer 99 is not there"),
         (["axes.seed=1,2", "sweep.rows=0"], "sweep.rows=0: must be auto"),
         (["axes.seed=1,2", "sweep.objective=quality"], "quality is not one of"),
         (["axes.inversion.preset=paper,reference"], "is a key of inversion.name=null_text"),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Row, Sight, Tap
-from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
+from masafusion_lab.attention import Sight, Tap
+from masafusion_lab.fusion import Branch, Plan, Row, Span, Take, Words
 from masafusion_lab.given import Follow, Given
 from masafusion_lab.lockstep import State, lockstep
 from masafusion_lab.methods.protocol import Source
