@@ -89,8 +89,7 @@ class Experiment:
     pidinet: str = ""
     """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
     cases: str = ""
-    """Many at once in place of image: a folder of pictures, a manifest .csv, .jsonl or .yaml with their prompts, or
-    picturebook:8, the world's first 8 test edits."""
+    """Many in place of image: a folder, a manifest (.csv, .jsonl, .yaml), or picturebook:8, the world's test edits."""
     size: str = ""
     """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
     dilate: int = 0

@@ -33,13 +33,8 @@ __all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
 
 log = logging.getLogger(__name__)
 
-INVERSIONS: dict[str, type] = {
-    "direct": Direct,
-    "ddim": Ddim,
-    "null_text": NullText,
-    "npi": Npi,
-    "edit_friendly": EditFriendly,
-}
+INVERSIONS: dict[str, type] = {"direct": Direct, "ddim": Ddim, "null_text": NullText, "npi": Npi,
+                               "edit_friendly": EditFriendly}  # fmt: skip
 """Name, as in `inversion.name=...`, to class."""
 
 
