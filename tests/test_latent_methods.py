@@ -85,6 +85,7 @@ def edited(models, items, name, **settings):
 )
 def test_a_batch_equals_its_cases_one_by_one(models, items, name, settings):
     together = edited(models, items, name, **settings)
+    assert together[0].rows == METHODS[name](**settings).plan(models[""].sites, STEPS).cost(STEPS)
     for item, of_batch in zip(items, together, strict=True):
         (alone,) = edited(models, [item], name, **settings)
         assert of_batch.rows == alone.rows
@@ -102,30 +103,6 @@ def test_every_field_of_ours_has_another_value_to_be_tried():
 def test_every_field_counts(models, items, name, field):
     (usual,), (other,) = (edited(models, items[:1], name, **s) for s in ({}, {field: OURS[name][field]}))
     assert not torch.allclose(usual.pictures["target"], other.pictures["target"], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "rows"),
-    [
-        ("sdedit", {}, 80),
-        ("diffedit", {}, 80 + 40),
-        ("diffedit", {"mask": "given"}, 80),
-        ("sde_diffedit", {}, 140 + 40),
-        ("blended", {}, 76),
-        ("glide", {}, 100),
-        ("glide", {"backend": "inpaint"}, 100),
-        ("instruct_pix2pix", {}, 150),
-        ("hive", {}, 150),
-        ("edit_friendly", {}, 38 * 2 + 37),
-    ],
-)
-def test_what_fifty_steps_cost_is_what_the_readme_says(models, items, monkeypatch, name, settings, rows):
-    method = METHODS[name](**settings)
-    model = models[needs(method).network]
-    monkeypatch.setattr(model, "eps", lambda x, *args, **options: torch.zeros_like(x))
-    item = dataclasses.replace(items[0], record=Inversion(torch.zeros(51, 1, 4, 8, 12)))
-    (of,) = Editor(model, method, model.schedule(50)).predict_step([item])
-    assert of.rows == rows
 
 
 @pytest.mark.parametrize("inversion", ["direct", "ddim", "null_text", "npi", "edit_friendly"])
@@ -157,6 +134,7 @@ def test_an_instruction_alone_is_enough_of_a_prompt(tiny_networks, tmp_path):
 @pytest.mark.parametrize(
     ("word", "changed", "message"),
     [
+        ("sdedit method.strength=0.1", {}, "cat: method.strength=0.1: is 0 of 3 steps"),
         ("instruct_pix2pix", {}, 'cat: this method follows an instruction: give instruction="'),
         ("hive", {}, "cat: this method follows an instruction"),
         ("blended", {"mask": None}, "cat: this method acts inside a region: give mask=FILE"),
@@ -180,15 +158,17 @@ def test_what_a_case_lacks_is_said_before_anything_is_computed(tiny_networks, tm
         ("sdedit", {"strength": 0.1}, "strength=0.1: is 0 of 4 steps"),
         ("sdedit", {"strength": 1.5}, "strength=1.5: is 6 of 4 steps"),
         ("diffedit", {"map_strength": 0.0}, "map_strength=0: is 0 of 4 steps"),
+        ("diffedit", {"strength": float("nan")}, "strength=nan"),
+        ("sde_diffedit", {"strength": 0.0}, "strength=0: is 0 of 4 steps"),
         ("diffedit", {"maps": 0}, "maps=0: must be at least 1"),
         ("blended", {"start": 1.0}, r"start=1, shrink=0: must be in \[0, 1\)"),
         ("blended", {"shrink": -1}, "shrink=-1"),
         ("edit_friendly", {"start": -0.1}, r"start=-0.1: must be in \[0, 1\)"),
     ],
 )
-def test_a_setting_that_touches_no_step_is_refused(models, items, name, settings, message):
+def test_a_setting_that_touches_no_step_is_refused_by_its_plan(models, name, settings, message):
     with pytest.raises(InputError, match=message):
-        edited(models, items[:1], name, **settings)
+        METHODS[name](**settings).plan(models[""].sites, STEPS)
 
 
 class TestNetworks:

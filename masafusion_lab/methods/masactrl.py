@@ -11,14 +11,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Hint, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Shareable, Source
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MasaCtrl(Shareable):
+class MasaCtrl(Denoising):
     """Mutual self-attention, as published along a drawn condition; hint_until=0 is MasaCtrl without an adapter."""
 
     guidance: float = 7.5
@@ -60,6 +60,6 @@ class MasaCtrl(Shareable):
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Shareable`."""
+        """The edit as data; see `Denoising`."""
         plan = self.plan(model.sites, len(schedule))
         return Course(plan, {"target": source.states[0]}, given, {"source": source.states}, self.guidance)

@@ -10,13 +10,13 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Shareable, Source
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Plain(Shareable):
+class Plain(Denoising):
     """Denoise x_T^S under the target prompt, nothing fused: plain inversion editing."""
 
     guidance: float = 7.5
@@ -27,7 +27,7 @@ class Plain(Shareable):
     prompt = "target"
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Shareable`."""
+        """The edit as data; see `Denoising`."""
         plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
         return Course(plan, {"target": source.states[0]}, given, w=self.guidance)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Row, Sight, Tap
+from masafusion_lab.attention import Row, Sight
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
 from masafusion_lab.given import Follow, Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course, State
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -25,7 +25,7 @@ CELLS = 64
 
 
 @dataclass(frozen=True)
-class PromptToPrompt:
+class PromptToPrompt(Denoising):
     """Settings as in its notebook for real pictures; resolutions as on latents of 64 x 64, on others in proportion."""
 
     guidance: float = 7.5
@@ -117,28 +117,17 @@ class PromptToPrompt:
         off = torch.stack([marks("source", self.blend_without, strict=False), marks("target", self.blend_without)])
         return LocalBlend(on, off, self.blend_resolution, int(self.blend_start * steps), self.blend_threshold)
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         blend = self.blend(model, given, len(schedule))
-        yield from lockstep(
-            model,
+        return Course(
             self.plan(model.sites, len(schedule)),
             {"target": source.states[0]},
             self.prepare(model, given, schedule),
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            taps=(*taps, blend) if blend else taps,
-            after=blend,
+            {"source": source.states},
+            self.guidance,
+            blend,
+            [blend] if blend else [],
         )
 
 
