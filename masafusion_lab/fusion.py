@@ -62,7 +62,8 @@ class Take:
     What is read is what the other branch computed itself, before its own Take: rules never chain. Null reads null,
     text reads text, image b reads image b. Layers are `Site.depth`: self-attention layers in running order.
     `keys`: K, V as they are read; side by side with the branch's own (union); or those inside A for pixels inside A and
-    those outside for pixels outside (masked). `from_text`: both halves read the other's text half.
+    those outside for pixels outside (masked), or so by `Given.seen`, once it knows (seen). `from_text`: both halves
+    read the other's text half.
     """
 
     q: str | None = None
@@ -71,7 +72,7 @@ class Take:
     steps: Container[int] = Span()
     layers: Container[int] = Span()
     halves: tuple[str, ...] = HALVES
-    keys: Literal["plain", "union", "masked"] = "plain"
+    keys: Literal["plain", "union", "masked", "seen"] = "plain"
     from_text: bool = False
 
     @property

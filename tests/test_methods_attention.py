@@ -123,6 +123,7 @@ def test_what_fifty_steps_cost_is_what_the_table_says(tiny, method, rows):
 
 
 WORDS = {"blend_source": ("cat",), "blend_target": ("cat",)}
+AUTO = {"variant": "auto", "source_prompt": "source", "auto_source": ("cat",), "auto_target": ("cat",)}
 LIVE = {
     "masafusion_no_adapter": {
         "guidance": ({}, 3.0),
@@ -156,6 +157,7 @@ LIVE = {
         "blend_start": (WORDS | {"blend_threshold": 0.95}, 1.0),
         "blend_threshold": (WORDS, 0.95),
         "blend_resolution": (WORDS | {"blend_threshold": 0.95}, 32),
+        "blend_maps": (WORDS | {"blend_threshold": 0.9, "reweight": {"cat": -4.0}}, "own"),
     },
     "plug_and_play": {
         "guidance": ({}, 3.0),
@@ -178,6 +180,10 @@ LIVE = {
         "hint_scale": ({}, 0.3),
         "hint_until": ({}, 0.3),
         "hint_on_null": ({}, False),
+        "auto_source": (AUTO, ("grass",)),
+        "auto_target": (AUTO, ("red",)),
+        "auto_threshold": (AUTO, 0.6),
+        "auto_resolution": (AUTO, 32),
     },
     "t2i_only": {
         "guidance": ({}, 3.0),
@@ -209,6 +215,7 @@ def test_every_field_is_alive(alike, name, field):
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+MASK = {"variant": "auto", "source_prompt": "source", "auto_source": "cat", "auto_target": "dog"}
 REFUSED = [
     (
         "prompt_to_prompt",
@@ -243,6 +250,12 @@ REFUSED = [
     ("masactrl", {"variant": "masked"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("masactrl", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),
     ("masactrl", {"mutual_window": "[0.5,0.5]"}, {}, "holds none of the 3 steps"),
+    ("masactrl", MASK | {"auto_target": ""}, {}, "wants words of both prompts"),
+    ("masactrl", MASK | {"source_prompt": "empty"}, {}, "source_prompt=source"),
+    ("masactrl", {"auto_threshold": 0.2}, {}, "auto_threshold: does nothing in method.variant=plain"),
+    ("masactrl", MASK | {"auto_target": "hat"}, {}, "'hat' is no word of 'a red dog on grass'"),
+    ("masactrl", MASK | {"auto_resolution": 5}, {}, "auto_resolution=5: no layer has such maps"),
+    ("masactrl", MASK | {"mutual_layers": 0}, {}, "mutual_layers=0: all before the first look at words"),
     ("t2i_only", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),
 ]
 
