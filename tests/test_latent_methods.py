@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from masafusion_lab import InputError, config, phases
 from masafusion_lab.editor import Editor, Item
-from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace
+from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace, slerp
 from masafusion_lab.methods import METHODS, needs
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.network import BASE, TAUGHT, fingerprint
@@ -305,6 +305,26 @@ def test_negative_prompt_inversion_resimulates_alike_under_any_guidance(tiny, ba
         assert torch.equal(record.null[i], text)
     again = retrace(tiny, record.states[0], text, record.null, schedule, w=7.5)
     torch.testing.assert_close(again, record.states, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_negative_prompt_inversion_may_go_part_of_the_way_to_the_empty_prompt(tiny, batch):
+    """Along the sphere, all of a prompt's embedding as one vector; its resimulation is guided sampling under that."""
+    _, text, empty, schedule = batch
+    part, w, other = 0.3, 3.0, Npi(interpolation=0.3, guidance=3.0).invert(tiny, *batch)
+    for b in range(2):
+        s, e = text[b].flatten().double(), empty[b].flatten().double()
+        angle = torch.arccos(s @ e / (s.norm() * e.norm()))
+        null = (torch.sin((1 - part) * angle) * s + torch.sin(part * angle) * e) / torch.sin(angle)
+        torch.testing.assert_close(other.null[0, b].flatten().double(), null, rtol=1e-4, atol=1e-5)
+    again = retrace(tiny, other.states[0], text, other.null, schedule, w=w)
+    torch.testing.assert_close(again, other.states, rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        Npi(interpolation=0.0, guidance=w).invert(tiny, *batch).states, Npi().invert(tiny, *batch).states
+    )
+    torch.testing.assert_close(slerp(text, text, part), text)
+    with pytest.raises(InputError, match=r"interpolation=1.5: must be in \[0, 1\]"):
+        Npi(interpolation=1.5)
 
 
 def test_edit_friendly_states_are_the_picture_under_noises_of_their_own(tiny, batch):
