@@ -154,9 +154,7 @@ class Editor(LightningModule):
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()
             interrupt.check()
-        if needs(self.method).paste and given.mask is not None:
-            mask = F.interpolate(given.mask, pixels.shape[-2:]).cpu()
-            pictures["target"] = mask * pictures["target"] + (1 - mask) * pixels.cpu()
+        pictures["target"] = pasted(self.method, given, pictures["target"])
         clock.lap("decode")
         dtype = str(model.dtype).removeprefix("torch.")
         seconds = {phase: spent / len(batch) for phase, spent in clock.seconds.items()}
@@ -210,6 +208,15 @@ def followed(model: StableDiffusion, method: Method, instruction: str) -> str:
     if not (needed.instruction and instruction):
         return ""
     return instruction + (model.suffix if needed.suffix is None else needed.suffix)
+
+
+def pasted(method: Method, given: Given, target: Tensor) -> Tensor:
+    """The decoded target (B, 3, H, W), with the picture's own pixels outside the region if the method pastes."""
+    if not needs(method).paste or given.mask is None or given.pixels is None:
+        return target
+    pixels = given.pixels.to(target.device)
+    mask = F.interpolate(given.mask, pixels.shape[-2:]).to(target.device)
+    return mask * target + (1 - mask) * pixels
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

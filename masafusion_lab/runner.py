@@ -22,7 +22,7 @@ from torch import Tensor
 from masafusion_lab import InputError, interrupt, phases
 from masafusion_lab.callbacks import Job
 from masafusion_lab.data.case import Case
-from masafusion_lab.editor import Editor, out_of_memory, precisely
+from masafusion_lab.editor import Editor, out_of_memory, pasted, precisely
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
@@ -208,6 +208,8 @@ class Runner:
         except (ArithmeticError, RuntimeError) as error:
             self.fail(work.point, job.folder, job.key, error)
             return
+        if work.call is not None:
+            edited = pasted(lab.method, work.call[0], edited[None])[0]
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)
         result = {"case": job.case.id, "point": work.point.values, "key": job.key, "measures": taken}

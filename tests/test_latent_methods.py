@@ -282,8 +282,12 @@ def test_hive_asks_for_the_best_as_its_network_was_taught(models, items):
     ]
 
 
-def test_outside_the_region_a_paste_leaves_the_pixels_as_they_are(models, items):
-    (of,) = edited(models, items[:1], "glide")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("glide", {}), ("blended", {}), ("masafusion", {"hint_until": 0}), ("masafusion_no_adapter", {})],
+)
+def test_outside_the_region_a_paste_leaves_the_pixels_as_they_are(models, items, name, settings):
+    (of,) = edited(models, items[:1], name, background="paste", **settings)
     mask = torch.nn.functional.interpolate(items[0].mask[None], (32, 48))[0]
     assert torch.equal((1 - mask) * of.pictures["target"], (1 - mask) * items[0].pixels)
     assert not torch.allclose(mask * of.pictures["target"], mask * items[0].pixels, atol=0.05)

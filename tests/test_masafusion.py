@@ -1,6 +1,6 @@
 """MaSaFusion against its algorithm: a literal two-loop version, and the cases whose result is known."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -199,13 +199,20 @@ SWITCHES = [
     {"init_target": "source"},
     {"init_target": "gauss"},
     {"share_noise": False},
+    {"fusion_steps": (1, 3)},
+    {"fusion_steps": (1, 3), "fusion_of": "both"},
     {"guidance": 3.0},
 ]
 
 
+def test_every_field_is_among_the_switches():
+    assert {list(change)[-1] for change in SWITCHES} == {f.name for f in fields(MaSaFusion)} - {"background"}
+
+
 @pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
 def test_every_switch_is_alive(case, change):
-    default = run(case, MaSaFusion())[-1].x["target"]
+    *others, _ = change.items()
+    default = run(case, MaSaFusion(**dict(others)))[-1].x["target"]
     assert not torch.allclose(run(case, MaSaFusion(**change))[-1].x["target"], default, atol=1e-3)
 
 

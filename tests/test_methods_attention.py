@@ -13,6 +13,7 @@ from masafusion_lab.inversion import Ddim, Direct, Inversion
 from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 from tests import edits
+from tests.test_latent_methods import OURS
 
 NAMES = ("masafusion_no_adapter", "embctrl", "prompt_to_prompt", "plug_and_play", "masactrl", "t2i_only")
 SOURCE = ["a cat sitting on grass", "a red dog in snow"]
@@ -110,6 +111,8 @@ def test_outside_its_window_a_method_costs_less(tiny):
 WORDS = {"blend_source": ("cat",), "blend_target": ("cat",)}
 AUTO = {"variant": "auto", "source_prompt": "source", "auto_source": ("cat",), "auto_target": ("cat",)}
 LIVE = {
+    "plain": {"guidance": ({}, 3.0), "null": ({}, "empty")},
+    "reconstruction": {"guidance": ({}, 3.0), "null": ({}, "empty")},
     "masafusion_no_adapter": {
         "guidance": ({}, 3.0),
         "fuse_steps": ({}, (0, 1)),
@@ -118,6 +121,7 @@ LIVE = {
         "source_null": ({}, "empty"),
         "preserve_null": ({}, "tuned"),
         "edit_null": ({}, "tuned"),
+        "init": ({}, "mixed"),
     },
     "embctrl": {
         "guidance": ({}, 3.0),
@@ -188,7 +192,10 @@ def alike(case):
 
 
 def test_every_field_of_every_method_is_in_the_table_below():
-    assert {name: {f.name for f in fields(METHODS[name])} for name in NAMES} == {n: set(its) for n, its in LIVE.items()}
+    """But background, which changes the picture and not the latents."""
+    there = {name: {f.name for f in fields(METHODS[name])} - {"background"} for name in LIVE}
+    assert there == {name: set(its) for name, its in LIVE.items()}
+    assert {*LIVE, *OURS, "masafusion", "replay"} == set(METHODS)  # the record itself is all that replay gives
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, its in LIVE.items() for field in its])
@@ -228,6 +235,7 @@ REFUSED = [
     ("prompt_to_prompt", {"self_window": "[0,0.1]"}, {}, "holds none of the 3 steps"),
     ("prompt_to_prompt", {"self_window": "[0.6,0.2]"}, {}, "0 <= a <= b <= 1"),
     ("prompt_to_prompt", {"self_resolution": 8}, {}, "holds none of the 10 self-attention layers"),
+    ("masafusion_no_adapter", {"init": "mixed"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("embctrl", {"align": "positional"}, {}, "has 4 tokens and .* 5: no places in common"),
     ("plug_and_play", {"negative_fade": 0.5}, {}, "does nothing in method.variant=diffusers"),
     ("plug_and_play", {"feature_layers": 40}, {}, "holds none of the 10 residual layers"),

@@ -13,7 +13,7 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import HALVES, NO_REGION, Branch, Hint, Masked, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Denoising, Needs, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
@@ -65,6 +65,14 @@ class MaSaFusion(Denoising):
     """x_T of the target (line 7)."""
     share_noise: bool = True
     """Whether lines 4 and 7 use the same Gaussian x; if not, the target starts from its mirror image."""
+    background: Literal["none", "paste"] = "none"
+    """What becomes of the decoded picture outside the region: it is left, as Remark 2 wants it, or the source's pixels
+    are put there."""
+
+    @property
+    def needs(self) -> Needs:
+        """An inversion."""
+        return Needs(paste=self.background == "paste")
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The branches of Algorithm 1 for a model with these attention layers, in `steps` steps."""
