@@ -107,8 +107,9 @@ class Hint:
 
     @classmethod
     def first(cls, until: float, steps: int, *, on_null: bool = True, scale: float = 1.0) -> Hint | None:
-        """On in the first fraction `until` of so many steps, null half included or not; None if that is no step."""
-        stop = round(until * steps)
+        """On in the first fraction `until` of so many steps, rounded up, null half included or not; None if it is 0."""
+        Span.part(until, steps)  # raises for what is no fraction
+        stop = steps - int((1 - until) * steps)  # as T2I-Adapter's sampler counts
         return cls(Span(0, stop), HALVES if on_null else ("text",), scale) if stop else None
 
 

@@ -249,6 +249,7 @@ REFUSED = [
     ("masactrl", MASK | {"auto_target": "hat"}, {}, "'hat' is no word of 'a red dog on grass'"),
     ("masactrl", MASK | {"auto_resolution": 5}, {}, "auto_resolution=5: no layer has such maps"),
     ("masactrl", MASK | {"mutual_layers": 0}, {}, "mutual_layers=0: all before the first look at words"),
+    ("t2i_only", {"hint_until": 1.5}, {}, r"\[0,1.5\] must be \[a,b\], fractions"),
     ("t2i_only", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),
 ]
 
@@ -284,6 +285,14 @@ def test_without_a_region_the_paper_fuses_everywhere(case):
     without, with_one = run(case, method, mask=None)[-1], run(case, method)[-1]
     assert (without.rows, with_one.rows) == (4 * T, 6 * T)
     assert torch.equal(without.x["target"], run(case, replace(method, use_mask=False))[-1].x["target"])
+
+
+def test_embctrl_says_where_nothing_ties_it_to_the_source(case, caplog):
+    run(case, METHODS["embctrl"](), tuned(case))
+    run(case, METHODS["embctrl"](offset_on_target=True))
+    assert not caplog.records
+    run(case, METHODS["embctrl"]())
+    assert "take inversion.name=null_text" in caplog.text
 
 
 def test_prompts_that_are_the_same_edit_nothing(case):

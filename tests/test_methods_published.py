@@ -490,15 +490,16 @@ def test_masactrl_reads_keys_and_values_of_the_source(case, variant, soft):
     assert_same(case, MasaCtrl(**settings), published, mask=mask)
 
 
-def test_the_adapter_alone_is_guided_sampling_with_its_features(case):
+@pytest.mark.parametrize("until", [0.5, 0.3])
+def test_the_adapter_alone_is_guided_sampling_with_its_features(case, until):
     def published(one):
         x, prompts = one.x, one.given.prompts
         with hooked(one.model.unet, own) as unet:
             for i in range(STEPS):
-                seen = i < 2
+                seen = STEPS - 1 - i >= int((1 - until) * STEPS)  # as its sampler counts, from the last step
                 x = step(
                     one, x, cfg(*call(one, unet, i, [(x, prompts["empty"]), (x, prompts["target"])], [seen, seen])), i
                 )
         return x
 
-    assert_same(case, T2IOnly(hint_until=0.5), published)
+    assert_same(case, T2IOnly(hint_until=until), published)

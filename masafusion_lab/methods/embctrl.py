@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,6 +18,9 @@ from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class EmbCtrl(Denoising):
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """The edit as data; see `Denoising`."""
+        if source.null is None and not self.offset_on_target:
+            log.warning("nothing ties EmbCtrl's target to the source but x_T; take inversion.name=null_text or npi")
         known, start = source.states, {"target": source.states[0]}
 
         def after(state: State) -> dict[str, Tensor]:
