@@ -19,7 +19,6 @@ from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
-
 log = logging.getLogger(__name__)
 
 
