@@ -42,7 +42,7 @@ class Looks:
 
     def at(self, marks: Tensor) -> Tensor:
         """The attention (branches, B, h, w) to the tokens that are marked, of each branch by (branches, B, n)."""
-        assert self.maps is not None, "first() refuses a resolution that no layer has"
+        assert self.maps is not None, "first_look() refuses a resolution that no layer has"
         return (self.maps * marks[:, :, None, None]).sum(-1)
 
 
@@ -51,7 +51,7 @@ def has(site: Site, resolution: int) -> bool:
     return site.cross and 2**site.level * resolution == CELLS
 
 
-def first(sites: Sequence[Site], resolution: int, key: str) -> int:
+def first_look(sites: Sequence[Site], resolution: int, key: str) -> int:
     """The place among the sites of the first layer of a resolution. Raises InputError, naming the key, for none."""
     for place, site in enumerate(sites):
         if has(site, resolution):

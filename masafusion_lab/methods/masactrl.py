@@ -13,7 +13,7 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Hint, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.looks import Looks, first
+from masafusion_lab.looks import Looks, first_look
 from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -56,9 +56,9 @@ class MasaCtrl(Denoising):
         """Source and target for a model with these attention layers, in `steps` steps."""
         hint = Hint.first(self.hint_until, steps, on_null=self.hint_on_null, scale=self.hint_scale)
         when, where = Span.part(self.mutual_window, steps) or Span(0, 0), layers(self.mutual_layers, sites)
-        take = Take(None, "S", "S", when, where, keys="seen" if self.auto else self.variant)
+        take = Take(None, "S", "S", when, where, keys="seen" if self.variant == "auto" else self.variant)
         if self.auto:
-            looked = first(sites, self.auto_resolution, "method.auto_resolution")
+            looked = first_look(sites, self.auto_resolution, "method.auto_resolution")
             if all(site.cross or site.depth not in where for site in sites[looked:]):
                 raise InputError(f"method.mutual_layers={self.mutual_layers}: all before the first look at words")
         return Plan(
@@ -85,7 +85,8 @@ class MasaCtrl(Denoising):
 
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
         """The batch. Raises InputError for words that are not there."""
-        self.marks(model, given)
+        if self.auto:
+            self.marks(model, given)
         return given
 
     def marks(self, model: StableDiffusion, given: Given) -> Tensor:

@@ -14,7 +14,7 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
 from masafusion_lab.given import Follow, Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.looks import CELLS, Looks, first
+from masafusion_lab.looks import CELLS, Looks, first_look
 from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -70,7 +70,7 @@ class PromptToPrompt(Denoising):
             follow = Words("S", Span(min(s.start for s in spans), max(s.stop or 0 for s in spans)))
         if self.blends:
             follow = Words("S")  # in every step: its maps are looked at
-            first(sites, self.blend_resolution, "method.blend_resolution")
+            first_look(sites, self.blend_resolution, "method.blend_resolution")
         target = Branch("target", "target", null=self.null, take=take, words=follow)
         return Plan({"S": Branch("source", "source"), "T": target}, {"target": "T"})
 
