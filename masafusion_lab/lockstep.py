@@ -156,6 +156,8 @@ def check(
 
     `latents`: those that have a start; `prompts`: those that say something, if not all that are given.
     """
+    if not any(i in plan.run for i in range(steps)):
+        raise InputError(f"this method runs none of {steps} step{'s' * (steps > 1)}; take more")
     plan.check(
         steps=steps,
         layers=layers,

@@ -134,6 +134,11 @@ def test_an_instruction_alone_is_enough_of_a_prompt(tiny_networks, tmp_path):
 @pytest.mark.parametrize(
     ("word", "changed", "message"),
     [
+        (
+            "sde_diffedit method.mask=given method.strength=1 steps=1",
+            {},
+            "cat: this method runs none of 1 step; take more",
+        ),
         ("sdedit method.strength=0.1", {}, "cat: method.strength=0.1: is 0 of 3 steps"),
         ("instruct_pix2pix", {}, 'cat: this method follows an instruction: give instruction="'),
         ("hive", {}, "cat: this method follows an instruction"),
