@@ -58,7 +58,8 @@ class NullTextInversion(L.LightningModule):
     """Algorithm 2 on a batch of pictures, each of which gets what it would get alone.
 
     `goal` (T + 1, B, C, h, w): the inverted states; `x`, likewise: the states that the embeddings lead to; `null`: an
-    embedding (B, n, d) for each step, warm-started from the one before. The UNet is no part of the module.
+    embedding (B, n, d) for each step, warm-started from the one before. The UNet is no part of the module. What is
+    logged has its place among the fits of a run: fit `place` begins where so many fits before it would have ended.
     """
 
     goal: Tensor
@@ -73,7 +74,7 @@ class NullTextInversion(L.LightningModule):
         self.register_buffer("goal", goal)
         self.register_buffer("x", torch.cat([goal[:1], torch.zeros_like(goal[1:])]))
         self.path: Path | None = None
-        self.key, self.done, self.check = "", 0, lambda: None
+        self.key, self.done, self.check, self.place = "", 0, lambda: None, 0
         # float16 loses the gradient of a mean (about 1e-7): that of about the sum is sent through the UNet instead
         self.scale = 2.0 ** goal[0, 0].numel().bit_length() if model.dtype == torch.float16 else 1.0
 
@@ -159,7 +160,7 @@ class NullTextInversion(L.LightningModule):
             self.log("nti/error", facts["nti/error"], prog_bar=True, logger=False, batch_size=1)
             self.save()
         for logger in self.loggers:  # not by self.log, which repeats what a step has not
-            logger.log_metrics(facts, step=i * self.settings.inner_steps + j)
+            logger.log_metrics(facts, step=(self.place * len(self.null) + i) * self.settings.inner_steps + j)
         self.active &= ~self.stop
         self.check()
 

@@ -20,6 +20,7 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import LINES, open_hint, open_mask, open_picture, prepare
 from masafusion_lab.picturebook.judge import MODEL
 from masafusion_lab.picturebook.sketcher import Sketcher
+from masafusion_lab.region import USUAL, Region
 
 SMALL, LARGE = 640, 1024
 """Pixels of the long side that is drawn upon: a smaller picture is magnified, a larger one reduced."""
@@ -85,7 +86,15 @@ def reduced(drawing: Image.Image, picture: Image.Image) -> Image.Image:
 
 
 def seen(
-    picture: Image.Image, region: Image.Image, *, factor: int, multiple: int, native: int, size: str, dilate: int
+    picture: Image.Image,
+    region: Image.Image,
+    *,
+    factor: int,
+    multiple: int,
+    native: int,
+    size: str,
+    dilate: int,
+    how: Region = USUAL,
 ) -> tuple[Image.Image, str]:
     """The picture at working size with the latent cells of A tinted, as `TINTS` says, and what to know of them.
 
@@ -98,6 +107,7 @@ def seen(
         native=native,
         size=size or None,
         dilate=dilate,
+        how=how,
     )
     if prepared.mask is None or prepared.mask_full is None:
         raise InputError("nothing is painted: paint the region to edit")

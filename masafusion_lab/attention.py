@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masafusion_lab.fusion import Branch, Words
+from masafusion_lab.fusion import Branch, Row, Words
 from masafusion_lab.given import Given
 from masafusion_lab.sites import Site, found
 
 CHUNK = 2**21
 """Attention weights that are shown to taps at a time."""
-Row: TypeAlias = tuple[str, str]
-"""A branch, and a half of guidance."""
 
 
 @dataclass(frozen=True)

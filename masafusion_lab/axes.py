@@ -52,8 +52,11 @@ class Launch:
 RUNNING = ("rows", "retry", "most", "points", "objective", "study")
 """Keys that change how fast and how far a sweep runs and what is called best, never what a point gives."""
 
+TABLES = ("method.", "inversion.", "region.")
+"""Tables whose keys may be varied."""
+
 VARIED = ("seed", "dilate", "steps", "size")
-"""Keys that may be varied beside those of method and inversion."""
+"""Other keys that may be varied."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ def coordinates(values: Mapping[str, str]) -> dict[str, float | str]:
 
 def _axis(key: str, text: str) -> Axis:
     """The axis that is written so. Raises ValueError."""
-    if not key.startswith(("method.", "inversion.")) and key not in VARIED:
-        raise ValueError(f"a sweep varies method.*, inversion.*, {', '.join(VARIED)}; make a run of its own for others")
+    if not key.startswith(TABLES) and key not in VARIED:
+        some = ", ".join((*(f"{table}*" for table in TABLES), *VARIED))
+        raise ValueError(f"a sweep varies {some}; make a run of its own for others")
     if made := re.fullmatch(r"\s*([a-z]+)\((.*)\)\s*", text):
         name, numbers = made[1], _numbers(made[2])
         shapes = {"range": 3, "windows": 3, "uniform": 2, "loguniform": 2, "integers": 2}

@@ -30,7 +30,8 @@ class Job:
     """A case that was found fit to be edited, and where its result goes.
 
     `key`: of its result; `record`: of its inversion in the store; `kin`: what cases of one batch share (size, kinds of
-    hint, whether there is a mask); `original`: width and height before it was resized.
+    hint, whether there is a mask); `original`: width and height before it was resized; `place`: its number among the
+    cases of its run.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Job:
     record: str
     kin: tuple[Any, ...]
     original: tuple[int, int]
+    place: int = 0
 
 
 class Results(L.Callback):
@@ -91,10 +93,10 @@ class Results(L.Callback):
 
 
 class Mirror(L.Callback):
-    """Tells the loggers of each case that was edited: PSNRs, seconds and pictures, one step a case."""
+    """Tells the loggers of each case that was edited: PSNRs, seconds and pictures, at the step that is its place."""
 
-    def __init__(self) -> None:
-        self.cases = 0
+    def __init__(self, jobs: Mapping[str, Job]) -> None:
+        self.jobs = jobs
 
     def on_predict_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
@@ -103,11 +105,10 @@ class Mirror(L.Callback):
         for item, edited in zip(batch, outputs, strict=True):
             facts = {f"edit/{name}_psnr": value for name, value in edited.psnr.items() if math.isfinite(value)}
             facts |= {f"edit/seconds/{phase}": spent for phase, spent in edited.seconds.items()}
-            panels = shown(item, edited) if trainer.loggers else {}
+            panels, place = shown(item, edited) if trainer.loggers else {}, self.jobs[item.id].place
             for logger in trainer.loggers:
-                logger.log_metrics(facts | {"edit/rows": edited.rows}, step=self.cases)
-                log_pictures(logger, "edit/pictures", panels, step=self.cases, of=item.id)
-            self.cases += 1
+                logger.log_metrics(facts | {"edit/rows": edited.rows}, step=place)
+                log_pictures(logger, "edit/pictures", panels, step=place, of=item.id)
 
 
 class Attend(L.Callback):
@@ -123,10 +124,12 @@ class Attend(L.Callback):
         keep: Callable[[Path, Mapping[str, Image.Image], Attention], Mapping[str, Image.Image]] | None = None,
     ) -> None:
         self.watch, self.every, self.keep = watch, every, keep
-        self.cases, self.chosen, self.seen = 0, set[str](), dict[str, tuple[Watching, int]]()
+        self.chosen, self.seen = set[str](), dict[str, tuple[Watching, int]]()
+        self.jobs: Mapping[str, Job] = {}
 
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """Have the editor watched."""
+        (self.jobs,) = (callback.jobs for callback in trainer.callbacks if isinstance(callback, Results))
 
         def begin(batch: Sequence[Item]) -> Sequence[Tap]:
             if not any(item.id in self.chosen for item in batch):
@@ -141,7 +144,7 @@ class Attend(L.Callback):
         self, trainer: Any, module: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Choose cases."""
-        self.chosen = {item.id for k, item in enumerate(batch) if (self.cases + k) % self.every == 0}
+        self.chosen = {item.id for item in batch if self.jobs[item.id].place % self.every == 0}
 
     def on_predict_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Sequence[Item], batch_idx: int, dataloader_idx: int = 0
@@ -149,20 +152,19 @@ class Attend(L.Callback):
         """Keep and log what was seen."""
         from masafusion_lab.figures import draw
 
-        (results,) = (callback for callback in trainer.callbacks if isinstance(callback, Results))
-        for k, (item, edited) in enumerate(zip(batch, outputs, strict=True)):
+        for item, edited in zip(batch, outputs, strict=True):
             if item.id not in self.chosen:
                 continue
-            watching, b = self.seen[item.id]
+            job, (watching, b) = self.jobs[item.id], self.seen[item.id]
             attention, panels = watching.of(b), shown(item, edited)
             pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
-            drawn = (self.keep or draw)(results.jobs[item.id].folder, pictures, attention)
+            drawn = (self.keep or draw)(job.folder, pictures, attention)
             for logger in trainer.loggers if drawn else ():
-                log_pictures(logger, "attention/figures", drawn, step=self.cases + k, of=item.id)
-                log_table(logger, "attention/words", word_table(attention, pictures), step=self.cases + k)
+                log_pictures(logger, "attention/figures", drawn, step=job.place, of=item.id)
+                log_table(logger, "attention/words", word_table(attention, pictures), step=job.place)
                 if "mask" in attention.tensors:
-                    log_curves(logger, "attention/interference", *interference_curves(attention), step=self.cases + k)
-        self.cases, self.seen = self.cases + len(batch), {}
+                    log_curves(logger, "attention/interference", *interference_curves(attention), step=job.place)
+        self.seen = {}
 
 
 def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import tempfile
 import traceback
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -18,6 +18,9 @@ from masafusion_lab.manual import WithKeys, complete
 from masafusion_lab.progress import Spoken, bar, console
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
+
+if TYPE_CHECKING:
+    from masafusion_lab.data.case import Case
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +46,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-upkeep.add_to(app)
 
 
 @app.command(cls=WithKeys)
@@ -109,7 +111,10 @@ def attend(
 
 @app.command(cls=WithKeys)
 def invert(words: Words = None, files: Files = None, print_config: Printed = False) -> None:
-    """Invert pictures (cases=FOLDER or a manifest, or image=FILE) into the store, from which every edit reads them."""
+    """Invert pictures (cases=FOLDER or a manifest, or image=FILE) into the store, from which every edit reads them.
+
+    One of several that cannot be used stops no other; exit status 1 if there was one.
+    """
     experiment = read(words or (), files or (), edits=False)
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
@@ -117,14 +122,22 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
     from masafusion_lab import phases, tracking
     from masafusion_lab.launch import launch
 
-    cases = cases_of(experiment)
+    cases, lost = cases_of(experiment), list[str]()
     lab = phases.build(experiment, track=bar)
+
+    def told(case: Case, error: InputError) -> None:
+        lost.append(case.id)
+        log.warning("%s: %s", case.id, error)
+
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         if experiment.launch.by != "here":
             launch("invert", folder, experiment.launch, experiment.model.device)
-        for case, _, found in phases.invert(lab, cases, loggers=loggers):
+        for case, _, found in phases.invert(lab, cases, loggers=loggers, lost=told if len(cases) > 1 else None):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
+    if lost:
+        log.warning("%d of %d pictures could not be used: %s", len(lost), len(cases), ", ".join(lost))
+        raise typer.Exit(1)
 
 
 @app.command(cls=WithKeys)
@@ -210,6 +223,9 @@ def lab(
 
     studio = Studio(experiment, words or (), files or (), Path(experiment.out or "runs/app"))
     serve(studio, host=host, port=port, told=lambda url: typer.echo(f"{url}  Ctrl-C ends it"))
+
+
+upkeep.add_to(app)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from masafusion_lab import InputError, keys
 from masafusion_lab.axes import Launch, Sweep
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
 from masafusion_lab.protocol import Bench
+from masafusion_lab.region import Region
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Experiment:
     """One experiment. Texts are verbatim; "" is: not given."""
 
     image: str = ""
-    """The picture to edit; none: the built-in example."""
+    """The picture to edit; without one, and without cases, the built-in example."""
     source: str = ""
     """What the picture shows, in words."""
     target: str = ""
@@ -88,7 +89,7 @@ class Experiment:
     pidinet: str = ""
     """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
     cases: str = ""
-    """Of invert: a folder of pictures, or a manifest .csv, .jsonl or .yaml."""
+    """Many at once in place of image: a folder of pictures, or a manifest .csv, .jsonl or .yaml with their prompts."""
     size: str = ""
     """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
     dilate: int = 0
@@ -105,6 +106,7 @@ class Experiment:
     """Folder of the inversions; empty: $MASAFUSION_HOME/inversions, or ~/.cache/masafusion/inversions."""
     force: bool = False
     """Whether a folder of another configuration may be written over."""
+    region: Region = field(default_factory=Region)
     model: Model = field(default_factory=Model)
     inversion: dict[str, Any] = field(default_factory=lambda: {"name": "direct"})
     method: dict[str, Any] = field(default_factory=lambda: {"name": "masafusion"})
@@ -118,7 +120,8 @@ class Experiment:
     launch: Launch = field(default_factory=Launch)
 
 
-TABLES: dict[str, type] = {"model": Model, "tracking": Tracking, "sweep": Sweep, "bench": Bench, "launch": Launch}
+TABLES: dict[str, type] = {"region": Region, "model": Model, "tracking": Tracking, "sweep": Sweep, "bench": Bench}
+TABLES |= {"launch": Launch}
 """Tables of the experiment whose keys are always the same."""
 PROMPTS = ("source", "target", "instruction")
 FILES = ("image", "mask", "sketch", "canny", "pose", "source_sketch", "hint_from", "pidinet", "cases")
@@ -272,6 +275,8 @@ def _unknown(name: str, known: Mapping[str, keys.Key]) -> str:
 def _impossible(experiment: Experiment) -> Iterator[str]:
     """What is of the right type and yet cannot be."""
     e, i = experiment, experiment.inversion
+    device, devices = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", e.model.device), "auto, cpu, cuda, cuda:1, mps"
+    yield from e.region.problems()
     for key, value, right, allowed in (
         ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
         ("batch", e.batch, e.batch >= 1, "at least 1"),
@@ -280,12 +285,7 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
         ("bench.count", e.bench.count, e.bench.count is None or e.bench.count >= 0, "at least 0"),
         ("bench.sessions", e.bench.sessions, e.bench.sessions is None or e.bench.sessions >= 0, "at least 0"),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
-        (
-            "model.device",
-            e.model.device,
-            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", e.model.device),
-            "auto, cpu, cuda, cuda:1, mps",
-        ),
+        ("model.device", e.model.device, device, devices),
         ("inversion.inner_steps", i.get("inner_steps"), i.get("inner_steps", 0) >= 0, "at least 0"),
         ("inversion.lr", i.get("lr"), i.get("lr") is None or i["lr"] > 0, "above 0"),
     ):

@@ -28,9 +28,20 @@ def read_yaml(path: str | Path) -> dict[str, tuple[str, Text]]:
             raise InputError(f"--config {path}: {'not a file' if path.exists() else 'no such file'}")
         if (size := path.stat().st_size) > LARGEST:
             raise InputError(f"{path}: has {size} bytes, a configuration at most {LARGEST}")
-        events = yaml.parse(path.read_bytes().decode("utf-8"), Loader=yaml.SafeLoader)
-        found: dict[str, tuple[str, Text]] = {}
-        documents = 0
+        found = read_keys(path.read_bytes())
+        return {key: (f"{path}:{line}: ", text) for key, (line, text) in found.items()}
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a configuration: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_keys(content: bytes) -> dict[str, tuple[int, Text]]:
+    """The keys of a YAML table, in full, with their lines and texts. Raises ValueError; see `read_yaml`."""
+    found: dict[str, tuple[int, Text]] = {}
+    documents = 0
+    try:
+        events = yaml.parse(content.decode("utf-8"), Loader=yaml.SafeLoader)
         for event in events:
             documents += isinstance(event, yaml.DocumentStartEvent)
             if documents > 1:
@@ -40,14 +51,17 @@ def read_yaml(path: str | Path) -> dict[str, tuple[str, Text]]:
                 for key, line, text in _entries(events, ""):
                     if key in found:
                         raise ValueError(f"line {line}: {key} is there twice")
-                    found[key] = f"{path}:{line}: ", text
+                    found[key] = line, text
             elif isinstance(event, yaml.NodeEvent) and not (isinstance(event, yaml.ScalarEvent) and event.value == ""):
                 raise ValueError("not a table of keys")
-        return found
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a configuration: {' '.join(str(error).split())[:200]}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    return found
+
+
+def is_mere_text(event: yaml.Event) -> bool:
+    """Whether a YAML event neither refers to another, nor is referred to, nor says what type it is of."""
+    return not (isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None))
 
 
 def read_words(words: Iterable[str], problems: list[str]) -> dict[str, tuple[str, Text]]:
@@ -98,7 +112,7 @@ def _entries(events: Iterator[yaml.Event], prefix: str) -> Iterator[tuple[str, i
 
 
 def _check(event: yaml.Event) -> None:
-    if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+    if not is_mere_text(event):
         raise ValueError(f"line {event.start_mark.line + 1}: tags, anchors and aliases are not read")
 
 

@@ -210,13 +210,12 @@ def followed(model: StableDiffusion, method: Method, instruction: str) -> str:
     return instruction + (model.suffix if needed.suffix is None else needed.suffix)
 
 
-def pasted(method: Method, given: Given, target: Tensor) -> Tensor:
-    """The decoded target (B, 3, H, W), with the picture's own pixels outside the region if the method pastes."""
+def pasted(method: Any, given: Given, pictures: Tensor) -> Tensor:
+    """Edited pictures (B, 3, H, W), on the CPU; outside the region the given ones, if the method wants them there."""
     if not needs(method).paste or given.mask is None or given.pixels is None:
-        return target
-    pixels = given.pixels.to(target.device)
-    mask = F.interpolate(given.mask, pixels.shape[-2:]).to(target.device)
-    return mask * target + (1 - mask) * pixels
+        return pictures
+    mask = F.interpolate(given.mask, pictures.shape[-2:]).cpu()
+    return mask * pictures + (1 - mask) * given.pixels.cpu()
 
 
 def psnr(a: Tensor, b: Tensor) -> float:

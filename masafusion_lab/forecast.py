@@ -126,14 +126,18 @@ def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:
 
 
 def _parting(a: Work, b: Work) -> tuple[int, float] | None:
-    """The state at which the targets of two points first differ, and the greatest difference; None if they never do."""
+    """The state at which two points first differ, and by how much at most; None if they never do.
+
+    Of points with equal latents the pictures are compared, which a method may still paste together differently.
+    """
     for one, other in zip(heeded(a.states()), b.states(), strict=False):
         x, y = one.x["target"], other.x["target"]
         if x.shape != y.shape:
             return one.i, math.inf
         if not torch.equal(x, y):
             return one.i, float((x - y).abs().max())
-    return None
+    difference = float((a.picture(x) - b.picture(y)).abs().max())
+    return (one.i, difference) if difference else None
 
 
 def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, float]:

@@ -15,6 +15,7 @@ Row: TypeAlias = tuple[str, str]
 """A branch, and a half of guidance."""
 
 NO_REGION = "this method acts inside a region: give mask=FILE or box=x0,y0,x1,y1"
+NO_HINT = "this method follows a drawn condition: give sketch=FILE, canny=FILE or auto, or pose=FILE"
 FOLLOWED = {
     "target": 'a target prompt: give target="a red cat"',
     "instruction": 'an instruction: give instruction="make the cat red"',
@@ -264,10 +265,10 @@ class Plan:
         """
         by_mask = any(isinstance(rule, Masked) and not rule.optional for rule in self.noise.values())
         by_mask = by_mask or any(branch.take.keys == "masked" for branch in self.branches.values())
-        if not masked and (self.masked or by_mask):
-            raise InputError(NO_REGION)
-        if not hinted and any(branch.hint for branch in self.branches.values()):
-            raise InputError("this method follows a drawn condition: give sketch=FILE (or canny=, pose=)")
+        lacks = [NO_REGION] if not masked and (self.masked or by_mask) else []
+        lacks += [NO_HINT] if not hinted and any(branch.hint for branch in self.branches.values()) else []
+        if lacks:
+            raise InputError("; and ".join(lacks))
         for name, branch in self.branches.items():
             if branch.x not in latents:
                 raise InputError(f"branch {name!r} denoises latent {branch.x!r}, which has no start")

@@ -12,9 +12,6 @@ from PIL import Image
 
 from masafusion_lab import InputError, pidinet
 
-HINTS = ("sketch", "canny", "pose")
-"""The kinds of hint that a case may carry; of each a model may have an adapter."""
-
 
 def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
     """Edges, white on black, mode L: T2I-Adapter's condition, with its thresholds of gradient (0 to about 1000)."""

@@ -21,6 +21,7 @@ from masafusion_lab.inversion import Direct, NoInversion, Track, silent
 from masafusion_lab.methods import METHODS, Method, needs
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
+from masafusion_lab.region import USUAL, Region
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.store import Store
 from masafusion_lab.trainer import make, undisturbed
@@ -43,6 +44,7 @@ class Lab:
     track: Track = silent
     size: str = ""
     dilate: int = 0
+    region: Region = USUAL
     changed: Mapping[str, Any] = field(default_factory=dict)
     """The settings that are not the defaults, for the reader of a result."""
 
@@ -56,6 +58,7 @@ class Lab:
             native=m.native,
             size=self.size or None,
             dilate=self.dilate,
+            how=self.region,
         )
 
 
@@ -82,6 +85,8 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
     if not needed.inversion:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
     store = Store(Path(experiment.store) if experiment.store else None)
+    if model is None:
+        log.info("reading the model %s", experiment.model.path)
     model = model or StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
         make(model.device, experiment.trainer)
@@ -97,6 +102,7 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
         track,
         experiment.size,
         experiment.dilate,
+        experiment.region,
         changes(experiment, inversion, method),
     )
 

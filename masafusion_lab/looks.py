@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Row, Sight
+from masafusion_lab.attention import Sight
+from masafusion_lab.fusion import Row
 from masafusion_lab.sites import Site
 
 CELLS = 64

@@ -15,6 +15,7 @@ from masafusion_lab import keys
 
 TITLES = {
     "": "The edit and the run",
+    "region": "The region",
     "model": "The model",
     "tracking": "The record",
     "sweep": "The sweep",

@@ -32,6 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """What a preset says of the fields that are left None: the paper's appendix A, or the code of Mokady et al. 2023."""
 
 
+PROGRESS = "null_text.ckpt"
+"""How far an inversion is, in its folder."""
+
+
 @dataclass(frozen=True)
 class NullText:
     """Settings of Algorithm 2; a field that is None takes the value of the preset."""
@@ -100,13 +104,15 @@ class NullText:
         loggers: Sequence[Any] = (),
         callbacks: Sequence[L.Callback] = (),
         check: Callable[[], None] = lambda: None,
+        place: int = 0,
     ) -> Inversion:
         """The record of pictures x0 (B, C, h, w) with source and empty embeddings text, empty (B, n, d).
 
         `trainer`: keys of lightning's Trainer, which win over ours. With a `folder`, progress is kept there after each
         denoising step; the same call resumes from it, to the same bits, and removes it when done. `check` is called
-        after each gradient step; what it raises ends the fit. Raises NotFinite naming the step, after a second try in
-        float32 if the UNet runs in less; SystemExit(143) on SIGTERM if nobody handles it.
+        after each gradient step; what it raises ends the fit. `place`: how many fits of its run lie before this one in
+        what is logged. Raises NotFinite naming the step, after a second try in float32 if the UNet runs in less;
+        SystemExit(143) on SIGTERM if nobody handles it.
         """
         options = dict(trainer or {})
         if str(options.get("precision", "")) in ("16-true", "bf16-true", "64-true"):
@@ -115,16 +121,19 @@ class NullText:
             )
         with torch.inference_mode(False):  # what was made in inference mode cannot enter a backward
             x0, text, empty = (tensor.detach().clone() for tensor in (x0, text, empty))
-        run = partial(_run, self.resolved, model, x0, text, empty, schedule, track, folder, loggers, callbacks, check)
+        batch = x0, text, empty, schedule
+        run = partial(_run, self.resolved, model, *batch, track, loggers, callbacks, check, place)
         with _float32(model.unet, self.precision == "float32"):
             try:
-                return run(options)
+                return run(options, folder)
             except NotFinite as e:
                 if model.dtype == torch.float32 and "16" not in str(options.get("precision")):
                     raise
                 log.warning("%s; it ran in low precision and is repeated in float32", e)
-        with _float32(model.unet):
-            return run(options | {"precision": "32-true"})
+        with _float32(model.unet):  # its progress apart, or each attempt would begin where the other was
+            record = run(options | {"precision": "32-true"}, None if folder is None else Path(folder) / "float32")
+        _forget(folder)
+        return record
 
 
 def _run(
@@ -135,16 +144,18 @@ def _run(
     empty: Tensor,
     schedule: Schedule,
     track: Track,
-    folder: Path | None,
     loggers: Sequence[Any],
     callbacks: Sequence[L.Callback],
     check: Callable[[], None],
+    place: int,
     options: Mapping[str, Any],
+    folder: Path | None,
 ) -> Inversion:
-    key = hashlib.sha256(repr((__version__, asdict(settings), schedule.timesteps, model.dtype)).encode())
+    depends = __version__, asdict(settings), schedule.timesteps, model.dtype, sorted(options.items())
+    key = hashlib.sha256(repr(depends).encode())
     for tensor in (x0, text, empty, schedule.abar):
         key.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    path = None if folder is None else Path(folder) / "null_text.ckpt"
+    path = None if folder is None else Path(folder) / PROGRESS
     saved = _saved(path, key.hexdigest())
     if saved is None:
         direct = Direct(inverse_guidance=settings.inverse_guidance, prompt=settings.prompt)
@@ -158,7 +169,7 @@ def _run(
         return Inversion(x, empty.expand(len(schedule), *empty.shape))
     with undisturbed(check), _checkpointing(model.unet, settings.checkpointing):
         module = NullTextInversion(model, goal, text, empty, schedule, settings)
-        module.path, module.key, module.check = path, key.hexdigest(), check
+        module.path, module.key, module.check, module.place = path, key.hexdigest(), check, place
         fit = make(model.device, options, loggers=loggers, callbacks=callbacks).fit
         steps = Steps(len(schedule), settings.inner_steps)
         fit(module, steps, ckpt_path=path if saved else None, weights_only=True if saved else None)
@@ -166,12 +177,17 @@ def _run(
         raise InputError(
             f"the trainer stopped after {module.done} of {len(schedule)} steps: lift its limit in trainer.*"
         )
-    if path is not None:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds something else
-            path.parent.rmdir()
+    _forget(folder)
     x = module.x if settings.latents == "resimulated" else module.goal
     return Inversion(x.to(x0.device), torch.stack([e.detach() for e in module.null]).to(x0.device))
+
+
+def _forget(folder: Path | None) -> None:
+    """Remove the progress in a folder, which is done with, and the folder unless it holds something else."""
+    if folder is not None:
+        (Path(folder) / PROGRESS).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(folder).rmdir()
 
 
 def _saved(path: Path | None, key: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, 
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.lockstep import check
+from masafusion_lab.methods import needs
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
 from masafusion_lab.sites import self_layers
@@ -43,23 +45,42 @@ INVERSIONS: dict[str, type] = {
 
 @dataclass
 class Pending:
-    """A picture that waits to be inverted, with what its record depends on, and the cases that start from it."""
+    """A picture that waits to be inverted, with what its record depends on, and the cases that start from it.
 
+    `place`: the first of theirs.
+    """
+
+    place: int
     pixels: Tensor
     facts: Mapping[str, Any]
     cases: list[Case]
 
 
 def invert(
-    lab: Lab, cases: Iterable[Case], *, loggers: Sequence[Any] = (), callbacks: Sequence[L.Callback] = ()
+    lab: Lab,
+    cases: Iterable[Case],
+    *,
+    loggers: Sequence[Any] = (),
+    callbacks: Sequence[L.Callback] = (),
+    places: Iterable[int] | None = None,
+    lost: Callable[[Case, InputError], None] | None = None,
 ) -> Iterator[tuple[Case, Inversion, bool]]:
     """The record of each case, and whether it was in the store; the others are inverted, equal sizes together.
 
-    Null-text inversion that was cut short goes on where it was, to the same bits. Raises InputError and NotFinite.
+    Null-text inversion that was cut short goes on where it was, to the same bits. `places`: of the cases in what is
+    logged, if not 0, 1, 2 ... `lost` is told of a case whose picture or prompt cannot be used, which is left out.
+    Raises NotFinite, and InputError, without `lost` for such a case too.
     """
     waiting: dict[torch.Size, dict[str, Pending]] = {}
-    for case in cases:
-        pixels = lab.prepare(case).pixels
+    for place, case in zip(count() if places is None else places, cases, strict=False):
+        try:
+            pixels = lab.prepare(case).pixels
+            lab.model.embed([case.source])
+        except InputError as error:
+            if lost is None:
+                raise
+            lost(case, error)
+            continue
         depends = record_facts(lab, pixels, case.source)
         key = lab.store.key(depends)
         if (record := lab.store.get(key)) is not None:
@@ -67,7 +88,7 @@ def invert(
             yield case, record, True
             continue
         batch = waiting.setdefault(pixels.shape, {})
-        batch.setdefault(key, Pending(pixels, depends, [])).cases.append(case)
+        batch.setdefault(key, Pending(place, pixels, depends, [])).cases.append(case)
         if len(batch) == lab.batch:
             yield from _invert(lab, waiting.pop(pixels.shape), loggers, callbacks)
     for batch in waiting.values():
@@ -89,7 +110,8 @@ def _invert(
                 made[key] = record
             clock.lap("invert")
             for logger in loggers:
-                logger.log_metrics({"invert/seconds": clock.seconds["invert"] / len(made)})
+                spent = {"invert/seconds": clock.seconds["invert"] / len(made)}
+                logger.log_metrics(spent, step=min(pending.place for pending in missing.values()))
     for key, pending in batch.items():
         for case in pending.cases:
             yield case, (found | made)[key], key in found
@@ -142,6 +164,7 @@ def _record(
                 loggers=loggers,
                 callbacks=callbacks,
                 check=interrupt.check,
+                place=min(pending.place for pending in batch.values()),
             )
     else:
         record = precisely(model, what, lambda: inversion.invert(model, x0, text, empty, schedule, track=track))
@@ -159,7 +182,7 @@ def _checked(track: Track) -> Track:
     return checked
 
 
-def job(lab: Lab, case: Case, folder: Path) -> Job:
+def job(lab: Lab, case: Case, folder: Path, place: int = 0) -> Job:
     """Check a case against model and method, without denoising anything. Raises InputError."""
     prepared, model = lab.prepare(case), lab.model
     height, width = prepared.pixels.shape[-2:]
@@ -168,6 +191,8 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
     for prompt in (case.source, *told.values()):
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
+    if needs(lab.method).inversion and not case.source:
+        log.warning('%s: inverted and kept under an empty prompt; say what it shows, source="a cat on grass"', case.id)
     item = _item(case, prepared, Inversion(torch.empty(0)))
     given = Editor(model, lab.method, lab.schedule).given([item], None)  # raises for words, hints and adapters
     try:
@@ -195,7 +220,7 @@ def job(lab: Lab, case: Case, folder: Path) -> Job:
         "version": __version__,
     }
     kin = (width, height, *sorted(prepared.hints), prepared.mask is None)
-    return Job(case, folder, lab.store.key(depends), lab.store.key(record), kin, prepared.original)
+    return Job(case, folder, lab.store.key(depends), lab.store.key(record), kin, prepared.original, place)
 
 
 def edit(
@@ -216,7 +241,8 @@ def edit(
     if twice := [id for id, times in Counter(case.id for case in cases).items() if times > 1]:
         raise InputError(f"case {twice[0]!r} is there twice: every case needs an id of its own")
     folder = Path(folder)
-    jobs = [job(lab, case, folder if len(cases) == 1 else case_folder(folder, case.id)) for case in cases]
+    folders = [folder if len(cases) == 1 else case_folder(folder, case.id) for case in cases]
+    jobs = [job(lab, case, its, place) for place, (case, its) in enumerate(zip(cases, folders, strict=True))]
 
     def done(job: Job) -> bool:
         return is_done(job.folder, job.key) and whole(job.folder)
@@ -225,7 +251,8 @@ def edit(
     if len(left) < len(jobs):
         log.info("%d of %d cases are done already, under the same configuration", len(jobs) - len(left), len(jobs))
     clock, found = Clock(lab.model.device), {}
-    for case, _, hit in invert(lab, [job.case for job in left.values()], loggers=loggers, callbacks=callbacks):
+    waiting, places = [job.case for job in left.values()], [job.place for job in left.values()]
+    for case, _, hit in invert(lab, waiting, loggers=loggers, callbacks=callbacks, places=places):
         found[case.id] = hit
     clock.lap("invert")
     results = Results(left, facts(lab), found, clock.seconds["invert"] / max(1, list(found.values()).count(False)))
@@ -233,7 +260,7 @@ def edit(
     editor = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, track=lab.track)
     if left:
         with undisturbed(interrupt.check):
-            trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(), *callbacks])
+            trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(left), *callbacks])
             trainer.predict(editor, Batches(lab, list(left.values())), return_predictions=False)
     if lost := [job for job in jobs if not done(job)]:
         raise InputError(f"the trainer left out {len(lost)} of {len(jobs)} cases: lift its limit in trainer.*")

@@ -52,6 +52,7 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     before, after = difference(result["prompts"]["source"], result["prompts"]["target"])
     pictures = [name for name in result["files"] if name.endswith(".png") and not name.startswith("strip")]
+    run = folder.parent if (folder.parent / "config.yaml").is_file() else folder  # of several cases one
     text = page(
         "report.html",
         result=result,
@@ -59,7 +60,7 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         after=after,
         pictures=[name for name in pictures if name != "target_original_size.png"],
         total=sum(result["seconds"].values()),
-        again=shlex.join(["masafusion", "edit", "--config", str(folder / "config.yaml"), f"out={folder}-again"]),
+        again=shlex.join(["masafusion", "edit", "--config", str(run / "config.yaml"), f"out={run}-again"]),
     )
     path = folder / "report.html"
     write_text(path, text)

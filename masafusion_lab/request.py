@@ -50,6 +50,9 @@ def _wrong_for_an_edit(e: config.Experiment) -> Iterator[str]:
     yield from _missing(e)
     if not e.target and not e.instruction and not e.cases and e.method["name"] != "replay":
         yield 'target: missing; say what the picture shall show, target="a dog on grass"'
+    for key in (*config.PROMPTS, *config.FILES, "box") if e.cases else ():
+        if (value := getattr(e, key)) and key not in ("cases", "pidinet"):
+            yield f"{key}={value}: is not read beside cases={e.cases}; say it there, in a manifest"
     if e.mask and e.box:
         yield f"mask={e.mask}, box={e.box}: one region, not two"
     if e.mask == "auto" and not (e.sketch and e.source_sketch):
@@ -61,14 +64,14 @@ def _wrong_for_an_edit(e: config.Experiment) -> Iterator[str]:
 def cases_of(e: config.Experiment) -> list[Case]:
     """The cases that an experiment names, by `cases` or by `image` and what goes with it. Raises InputError."""
     from masafusion_lab import hints
-    from masafusion_lab.data.case import Case
+    from masafusion_lab.data.case import HINTS, Case
     from masafusion_lab.data.pictures import open_hint, open_picture
 
     if e.cases:
         from masafusion_lab.data.folder import read_cases
 
         return read_cases(Path(e.cases))
-    drawn: dict[str, Any] = {kind: Path(getattr(e, kind)) for kind in hints.HINTS if getattr(e, kind)}
+    drawn: dict[str, Any] = {kind: Path(getattr(e, kind)) for kind in HINTS if getattr(e, kind)}
     if e.canny == "auto":
         drawn["canny"] = hints.canny(open_picture(Path(e.hint_from or e.image)))
     if e.sketch == "auto":
@@ -77,6 +80,7 @@ def cases_of(e: config.Experiment) -> list[Case]:
     if e.box:
         region = config.box(e.box)
     elif e.mask == "auto":
-        region = hints.region_from_sketches(open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        sketches = (open_hint(Path(e.source_sketch)), open_hint(drawn["sketch"]))
+        region = hints.region_from_sketches(*sketches, dilate=e.region.margin, hull=e.region.hull)
     image = Path(e.image)
     return [Case(image.stem, image, e.source, e.target, e.instruction, mask=region, hints=drawn)]

@@ -69,6 +69,11 @@ class Work:
         assert self.call is not None
         return self.lab.method(self.lab.model, *self.call, schedule=self.lab.schedule)
 
+    def picture(self, target: Tensor) -> Tensor:
+        """The picture (3, H, W), on the CPU, that its x_0 (1, C, h, w) becomes."""
+        assert self.call is not None
+        return pasted(self.lab.method, self.call[0], self.lab.model.decode(target).cpu())[0]
+
 
 class Runner:
     """Runs the points of a survey with one model. `rows`: of the UNet at once, at most."""
@@ -119,7 +124,7 @@ class Runner:
         found = []
         for work in works:
             lab, job = work.lab, work.job
-            kin = job.record, lab.size, lab.dilate, lab.seed
+            kin = job.record, lab.size, lab.dilate, lab.region, lab.seed
             try:
                 if kin not in calls:
                     with hushed():
@@ -202,14 +207,12 @@ class Runner:
         try:
             if isinstance(target, Exception):
                 raise target
-            edited = precisely(lab.model, job.case.id, lambda: lab.model.decode(target)[0].cpu())
+            edited = precisely(lab.model, job.case.id, lambda: work.picture(target))
             with hushed():
                 taken = measures(edited, job.case, lab)
         except (ArithmeticError, RuntimeError) as error:
             self.fail(work.point, job.folder, job.key, error)
             return
-        if work.call is not None:
-            edited = pasted(lab.method, work.call[0], edited[None])[0]
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)
         result = {"case": job.case.id, "point": work.point.values, "key": job.key, "measures": taken}

@@ -20,12 +20,12 @@ from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.axes import RUNNING
+from masafusion_lab.configfile import Text, read_keys, short
 from masafusion_lab.interrupt import Interrupted
 from masafusion_lab.protocol import SELECTING
 
@@ -236,10 +236,11 @@ class Run:
         self._write_state(state="running", pid=os.getpid(), started=_now(), ended=None, error=None)
 
     def _refuse_other(self, config: Path) -> None:
-        then, now = _flat(config.read_bytes().decode("utf-8", "replace")), _flat(self.config_text)
+        then, now = _texts(config.read_bytes()), _texts(self.config_text.encode("utf-8", "backslashreplace"))
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k)]
         if changed := [k for k in differ if not any(f"{k}.".startswith(f"{key}.") for key in INDIFFERENT)]:
-            said = "; ".join(f"{k}: {then.get(k)!r} there, {now.get(k)!r} now" for k in changed[:8])
+            texts = ((k, short(then.get(k, "nothing")), short(now.get(k, "nothing"))) for k in changed[:8])
+            said = "; ".join(f"{k}: {before} there, {after} now" for k, before, after in texts)
             more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
             raise InputError(
                 f"{self.folder}: was begun under another configuration ({said}{more}): {REMEDY}, or force=true"
@@ -254,19 +255,10 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _flat(text: str) -> dict[str, Any]:
-    """The leaves of a YAML configuration by dotted key; of one that cannot be read, its lines."""
-    leaves: dict[str, Any] = {}
-
-    def visit(key: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for name, child in value.items():
-                visit(f"{key}.{name}".lstrip("."), child)
-        else:
-            leaves[key] = value
-
+def _texts(config: bytes) -> dict[str, Text]:
+    """The keys of a configuration with their texts; of one that cannot be read, its lines."""
     try:
-        visit("", OmegaConf.to_container(OmegaConf.create(text), resolve=False))
-    except Exception:  # OmegaConf, YAML and the recursion limit each have their own
-        return {f"line {number}": line for number, line in enumerate(text.splitlines(), 1)}
-    return leaves
+        return {key: text for key, (_, text) in read_keys(config).items()}
+    except (ValueError, RecursionError):
+        lines = config.decode("utf-8", "replace").splitlines()
+        return {f"line {number}": line for number, line in enumerate(lines, 1)}

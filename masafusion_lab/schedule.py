@@ -34,7 +34,7 @@ class Schedule:
         """
         n = int(config.get("num_train_timesteps", 1000))
         if not 1 <= steps <= n - 1:
-            raise InputError(f"model.steps={steps}: must lie between 1 and {n - 1}")
+            raise InputError(f"steps={steps}: must lie between 1 and {n - 1}")
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
             raise InputError(f"the scheduler predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known")

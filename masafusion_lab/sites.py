@@ -42,17 +42,22 @@ def layers(text: str, sites: Sequence[Site]) -> Container[int]:
 
     def place(part: str) -> int:
         number, _, of = part.partition("/")
-        return int(number) * len(own) // int(of) if of else int(number)
+        if (depth := int(number) * len(own) // int(of) if of else int(number)) < 0:
+            raise ValueError("layers are counted from 0, in running order")
+        return depth
 
     try:
         if ":" in text:
             a, b = text.split(":")
             return Span(place(a or "0"), place(b) if b else None)
-        return {place(part) for part in text.split(",")}
+        depths = {place(part) for part in text.split(",")}
     except (ValueError, ZeroDivisionError):
         raise InputError(
             f"{text!r} names no layers: give all, decoder, a range (8:16, 10/16:) or a list (3,4,9)"
         ) from None
+    if max(depths) >= len(own):
+        raise InputError(f"{text!r}: layer {max(depths)} is not there; this model has 0 to {len(own) - 1}")
+    return depths
 
 
 def self_layers(sites: Sequence[Site]) -> int:

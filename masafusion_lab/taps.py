@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Row, Sight
-from masafusion_lab.fusion import Branch, Span
+from masafusion_lab.attention import Sight
+from masafusion_lab.fusion import Branch, Row, Span
 from masafusion_lab.sites import Site
 
 QUERIES, KEYS = 16, 32

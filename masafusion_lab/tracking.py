@@ -103,14 +103,24 @@ def loggers(experiment: Any, folder: Path) -> list[Logger]:
 
 @contextmanager
 def recording(experiment: Any, folder: Path) -> Iterator[list[Logger]]:
-    """The `loggers`, closed at the end whatever happens, waiting a minute at most for what is still to be sent."""
-    opened = loggers(experiment, folder)
+    """The `loggers`, closed at the end whatever happens, waiting a minute at most for what is still to be sent.
+
+    Then it is said how to send what was recorded offline, if anything was.
+    """
+    opened, useless = loggers(experiment, folder), False
     try:
         yield opened
+    except InputError:
+        useless = True  # nothing was done, and its folder goes
+        raise
     finally:
         for logger in opened:
             if isinstance(logger, Guarded) and isinstance(logger.logger, WandbLogger):
-                logger.attempt(logger.logger.experiment.finish)
+                run = logger.logger.experiment
+                logger.attempt(run.finish)
+                if run.offline and not useless:
+                    key = "" if has_key() else ", with a key, which wandb login gives it"
+                    log.info("W&B: recorded offline; `masafusion sync %s` sends it later%s", folder, key)
 
 
 def log_pictures(logger: Any, key: str, pictures: Mapping[str, Image.Image], step: int, of: str) -> None:
@@ -183,11 +193,9 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
         "reinit": "create_new",
     }
     settings = wandb.Settings(silent=True, console="off", init_timeout=15, finish_timeout=60)
-    run, why = None, ""
+    run = None
     with _environment(folder):
-        if mode == "online" and not has_key():
-            why = "no key (wandb login gives it one), so "
-        elif mode == "online":
+        if mode == "online" and has_key():
             try:
                 run = wandb.init(mode="online", resume="allow", settings=settings, **options)
                 log.info("W&B: %s", run.url)
@@ -197,7 +205,6 @@ def _wandb(experiment: Any, folder: Path, mode: str) -> WandbLogger:
                 identity.write_text(options["id"], encoding="utf-8")
         if run is None:
             run = wandb.init(mode="offline", settings=settings, **options)
-            log.info("W&B: %srecorded offline; `masafusion sync %s` sends it later", why, folder)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run, save_dir=folder)
@@ -211,7 +218,7 @@ def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     settings = Settings()
-    settings.update_from_env_vars(dict(os.environ))
+    settings.update_from_env_vars({name: v for name, v in os.environ.items() if v and name != "WANDB_MODE"})
     return read_netrc_auth(host=settings.base_url) is not None
 
 

@@ -260,6 +260,6 @@ def test_layers_are_named_as_deep_as_in_another_model(tiny):
     assert {site.name[:11] for site in own} == {"up_blocks.1", "up_blocks.2"}
     assert [site.level for site in own] == [1, 1, 0, 0]
     assert layers("8/16", of_sd) == {8}
-    for wrong in ("10/0:", "1/2/3", "/16"):
+    for wrong in ("10/0:", "1/2/3", "/16", "-3:", "-1"):
         with pytest.raises(InputError, match="names no layers"):
             layers(wrong, of_sd)

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 
 from masafusion_lab import InputError, phases
 from masafusion_lab.lockstep import NotFinite
-from masafusion_lab.runs import case_folder
+from masafusion_lab.runs import case_folder, read_json
 from tests.edits import STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
 
@@ -183,8 +184,8 @@ def command(tiny_root, tmp_path, *words):
 
 
 def outcome(folder):
-    """The bytes of all pictures."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+    """The bytes of all finished pictures."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*.png"))}
 
 
 @pytest.mark.slow
@@ -207,28 +208,39 @@ def test_sigterm_to_the_command_line_ends_with_143_and_the_run_goes_on(tiny_root
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "done"
 
 
+KILLS = 20
+
+
 @pytest.mark.slow
-def test_killed_at_any_moment_it_finishes_later_with_the_same_bytes(tiny_root, tmp_path):
-    def run(name, seconds=None):
-        env = {**os.environ, "MASAFUSION_HOME": str(tmp_path / f"{name} home"), "OMP_NUM_THREADS": "1"}
-        words = command(tiny_root, tmp_path, f"out={tmp_path / name}")
+@pytest.mark.timeout(1800)
+def test_killed_at_twenty_moments_it_finishes_later_with_the_same_bytes(tiny_root, tmp_path):
+    """Each a random time after the run began; one that was faster is begun anew, inversion and all."""
+
+    def run(name, after=None):
+        """Exit status, and the seconds from when the run began in its folder."""
+        env = {**os.environ, "MASAFUSION_HOME": str(tmp_path / name / "home"), "OMP_NUM_THREADS": "1"}
+        words = command(tiny_root, tmp_path, f"out={tmp_path / name / 'run'}")
         process = subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while read_json(tmp_path / name / "run/state.json").get("pid") != process.pid and process.poll() is None:
+            time.sleep(0.01)
+        began = time.monotonic()
         try:
-            return process.wait(seconds)
+            return process.wait(after), time.monotonic() - began
         except subprocess.TimeoutExpired:
             process.kill()
-            return process.wait()
+            return process.wait(), after
 
-    began = time.monotonic()
-    assert run("whole") == 0
-    whole, kills, chance = time.monotonic() - began, 0, random.Random(0)
-    while kills < 20:
-        if run("cut", chance.uniform(0.5, 1) * whole) == 0:
-            for path in (tmp_path / "cut").glob("*.png"):  # done before it was killed: once more from the start
-                path.unlink()
-        kills += 1
-        for path in (tmp_path / "cut").glob("*.png"):
-            if not path.name.startswith("."):
-                Image.open(path).load()
-    assert run("cut") == 0
-    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    code, seconds = run("whole")
+    assert code == 0
+    whole, kills, chance = outcome(tmp_path / "whole/run"), 0, random.Random(0)
+    while kills < KILLS:
+        code, _ = run("cut", chance.uniform(0, seconds))
+        assert code in (0, -signal.SIGKILL)
+        kills += code != 0
+        for name, there in outcome(tmp_path / "cut/run").items():
+            assert there == whole[name], "a file is there whole or not at all"
+        if code == 0:
+            assert outcome(tmp_path / "cut/run") == whole
+            shutil.rmtree(tmp_path / "cut")
+    assert run("cut")[0] == 0
+    assert outcome(tmp_path / "cut/run") == whole

@@ -9,12 +9,12 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion given sites attention residual words hub axes metrics ranks protocol",
+    "schedule fusion given sites attention residual words hub axes metrics ranks protocol region configfile",
     "lockstep shared model loading network contrast taps looks encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking maps watch figures explorer annotate",
-    "config configfile keys request manual lab phases cli upkeep recorded progress doctor sync app web "
+    "config keys request manual lab phases cli upkeep recorded progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage search launch bench scoring tables benchpage publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

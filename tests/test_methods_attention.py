@@ -238,7 +238,7 @@ REFUSED = [
     ("masafusion_no_adapter", {"init": "mixed"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("embctrl", {"align": "positional"}, {}, "has 4 tokens and .* 5: no places in common"),
     ("plug_and_play", {"negative_fade": 0.5}, {}, "does nothing in method.variant=diffusers"),
-    ("plug_and_play", {"feature_layers": 40}, {}, "holds none of the 10 residual layers"),
+    ("plug_and_play", {"feature_layers": 40}, {}, "layer 40 is not there"),
     ("plug_and_play", {"qk_layers": "upper"}, {}, "names no layers"),
     ("masactrl", {"variant": "masked"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("masactrl", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),

@@ -257,6 +257,20 @@ def test_what_overflows_in_low_precision_is_repeated_in_float32(tiny, one, caplo
         assert torch.equal(p, weights[name])
 
 
+def test_what_overflows_under_the_trainers_precision_is_repeated_from_its_first_step_wherever_it_is_cut(
+    tiny, one, tmp_path
+):
+    settings, low, left = replace(PAPER, inner_steps=1), {"precision": "bf16-mixed"}, []
+    exact = settings.invert(tiny, *one)
+    with nan_at(tiny, 2 * 3, torch.bfloat16), pytest.raises(Stopped):  # two steps low, then two in float32
+        settings.invert(tiny, *one, folder=tmp_path, trainer=low, check=stop_after(4))
+    with nan_at(tiny, 0, torch.bfloat16):
+        record = settings.invert(tiny, *one, folder=tmp_path, trainer=low, check=lambda: left.append(1))
+    assert torch.equal(record.states, exact.states)
+    assert len(left) == T - 2
+    assert not tmp_path.exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_low_precision_unet_leaves_embeddings_and_loss_in_float32(tiny, one, dtype):
     exact = PAPER.invert(tiny, *one)

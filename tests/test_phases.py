@@ -14,6 +14,8 @@ from masafusion_lab import InputError, interrupt, phases
 from masafusion_lab.runs import case_folder
 from tests.edits import SIZE, STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
+from tests.test_editor import Full
+from tests.test_null_text import Curve
 
 NTI = ("inversion.name=null_text", "inversion.inner_steps=3", "inversion.lr=0.002")
 PICTURES = ("source", "mask", "sketch", "reconstruction", "intermediate", "target", "strip")
@@ -112,6 +114,31 @@ def test_null_text_inversion_goes_on_after_a_signal_to_the_same_bits(tiny_root, 
     assert not list((tmp_path / "cut" / "progress").iterdir())
 
 
+def test_every_case_has_a_place_of_its_own_in_what_is_logged_however_the_run_was_cut(tiny_root, store, tmp_path):
+    lab = make_lab(tiny_root, store, "inversion.name=null_text", "inversion.inner_steps=1")
+    cases, logs = [case("a"), case("b", shift=3)], [Curve() for _ in range(3)]
+    list(phases.invert(lab, cases[:1], loggers=logs[:1]))
+    phases.edit(lab, cases, tmp_path / "run", loggers=logs[1:2])
+    steps = [[step for step, facts in log.rows if "nti/step" in facts] for log in logs[:2]]
+    assert steps == [list(range(STEPS)), list(range(STEPS, 2 * STEPS))]
+    (case_folder(tmp_path / "run", "b") / "result.json").unlink()
+    phases.edit(lab, cases, tmp_path / "run", loggers=logs[2:])
+    assert [[step for step, facts in log.rows if "edit/rows" in facts] for log in logs[1:]] == [[0, 1], [1]]
+
+
+def test_out_of_memory_while_inverting_goes_one_by_one(tiny_root, tmp_path, caplog):
+    lab = make_lab(tiny_root, tmp_path / "store", "batch=2")
+    full = Full(1)
+    handle = lab.model.unet.register_forward_hook(full)
+    assert [hit for _, _, hit in phases.invert(lab, [case("a"), case("b", shift=3)])] == [False, False]
+    handle.remove()
+    assert full.rows == [2] + 2 * STEPS * [1]
+    assert "out of memory inverting 2 pictures at once: one by one" in caplog.text
+    lab.model.unet.register_forward_hook(Full(9))
+    with pytest.raises(InputError, match=r"out of memory while inverting one picture: take a smaller size="):
+        list(phases.invert(lab, [case(shift=5)]))
+
+
 def test_an_edit_leaves_pictures_page_and_facts_in_its_folder(lab, tmp_path):
     (folder,) = phases.edit(lab, [case(instruction="make it a dog")], tmp_path / "run")
     assert folder == tmp_path / "run"
@@ -195,10 +222,11 @@ def test_cases_are_written_when_their_batch_is_done_and_the_others_follow_later(
     [
         ({"mask": None}, "cat: this method acts inside a region: give mask=FILE"),
         ({"hints": {}}, "cat: this method follows a drawn condition"),
+        ({"mask": None, "hints": {}}, "region: give mask=FILE .*; and this .* give sketch=FILE"),
         ({"hints": {"canny": drawn("L", outline=255)}}, "no canny adapter"),
         ({"mask": drawn("L", size=(32, 64), fill=255)}, "32x64"),
     ],
-    ids=["no mask", "no hint", "no adapter", "mask of another shape"],
+    ids=["no mask", "no hint", "neither", "no adapter", "mask of another shape"],
 )
 def test_a_case_that_cannot_be_edited_is_found_before_anything_is_computed(lab, tmp_path, changed, message):
     calls = Calls(lab.model)
@@ -233,3 +261,10 @@ def test_words_beyond_the_encoders_length_are_named(lab, tmp_path, caplog):
     long = "a red dog on grass with " + "and ".join(["a hat "] * 12)
     phases.edit(lab, [case(target=long)], tmp_path / "run")
     assert "cat: the text encoder reads 24 tokens; not read: " in caplog.text
+
+
+def test_a_picture_of_which_nothing_is_said_is_told(lab, tmp_path, caplog):
+    for source, told in (("a cat", False), ("", True)):
+        caplog.clear()
+        phases.job(lab, case(source=source), tmp_path)
+        assert ("cat: inverted and kept under an empty prompt" in caplog.text) == told

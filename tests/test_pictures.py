@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture, prepare, working_size
+from masafusion_lab.region import Region
 
 MODEL = {"factor": 4, "multiple": 16, "native": 64}
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -284,12 +285,26 @@ def test_a_soft_mask_is_cut_at_half_grey_unless_it_is_to_stay_soft():
     mask = Image.linear_gradient("L").resize((64, 64))
     assert set(masked(mask).mask.unique().tolist()) == {0, 1}
     assert masked(mask).mask.mean() == pytest.approx(0.5, abs=0.07)
-    soft = masked(mask, soft=True)
+    soft = masked(mask, how=Region(soft=True))
     assert len(soft.mask.unique()) > 10
     assert torch.equal(soft.mask_full * 255, (soft.mask_full * 255).round())
-    with pytest.raises(InputError, match="half grey"):
+    with pytest.raises(InputError, match=r"above region\.threshold"):
         masked(grey(64, 64, (8, 8, 30, 30), level=100))
-    assert masked(grey(64, 64, (8, 8, 30, 30), level=100), soft=True).mask.max() == pytest.approx(100 / 255)
+    assert masked(grey(64, 64, (8, 8, 30, 30), level=100), how=Region(soft=True)).mask.max() == pytest.approx(100 / 255)
+
+
+def test_the_region_comes_from_the_mask_as_it_is_asked():
+    """A line of one pixel, two pixels beside it, and a cell and a half: of cells of four."""
+    mask = grey(64, 64, (8, 8, 13, 11), level=153)
+    got = {how: masked(mask, how=Region(how)).mask for how in ("max", "area", "nearest")}
+    assert [int(A.sum()) for A in got.values()] == [2, 2, 1]
+    assert masked(mask, how=Region("area", soft=True)).mask.unique().tolist() == pytest.approx([0, 0.3, 0.6])
+    with pytest.raises(InputError, match="the mask is empty"):
+        masked(mask, how=Region(threshold=0.7))
+    with pytest.raises(InputError, match=r"no latent cell; .* take region\.downsample=max"):
+        masked(grey(64, 64, (9, 9, 9, 40)), how=Region("area"))
+    faded = masked(grey(64, 64, (16, 0, 63, 63)), how=Region(feather=1)).mask[0, 3]
+    assert faded[2:7].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
 
 
 def test_a_mask_of_another_size_lies_over_the_picture():

@@ -100,6 +100,11 @@ def test_the_page_shows_pictures_prompts_numbers_and_the_command_that_runs_it_ag
     assert shlex.split(line) == ["masafusion", "edit", "--config", str(folder / "config.yaml"), f"out={folder}-again"]
 
 
+def test_of_one_case_of_several_it_is_the_run_that_can_be_run_again(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    assert f"--config {tmp_path / 'config.yaml'} out={tmp_path}-again" in Page(report(tmp_path / "cat-1", RESULT)).text
+
+
 def test_the_page_can_be_made_anew_from_what_is_on_record(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(RESULT | {"roundtrip_psnr": "inf"}))
     assert "identical" in Page(report(tmp_path)).text

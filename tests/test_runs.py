@@ -264,9 +264,7 @@ def test_another_configuration_is_refused_by_its_differing_keys(tmp_path):
     with Run(tmp_path, reduce(lambda text, change: text.replace(*change), indifferent.items(), CONFIG)):
         pass
     other = CONFIG.replace("seed: 0", "seed: 1").replace("masafusion", "p2p")
-    with pytest.raises(
-        InputError, match=r"seed: 0 there, 1 now; method\.name: 'masafusion' there, 'p2p' now\): .*force"
-    ):
+    with pytest.raises(InputError, match=r"seed: 0 there, 1 now; method\.name: masafusion there, p2p now\): .*force"):
         Run(tmp_path, other).__enter__()
     assert state(tmp_path)["state"] == "done"
     with Run(tmp_path, other, force=True):

@@ -71,7 +71,7 @@ def test_any_number_of_steps_ends_at_the_picture(steps):
 @pytest.mark.parametrize(
     ("config", "steps", "says"),
     [
-        ({}, 0, "steps=0: must lie between 1 and 999"),
+        ({}, 0, "^steps=0: must lie between 1 and 999"),
         ({}, 1000, "steps=1000"),
         ({"prediction_type": "sample"}, 50, "'sample'.*'epsilon' and 'v_prediction'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, 50, "squaredcos_cap_v2"),

@@ -59,7 +59,7 @@ def pictures(folder):
 
 
 def test_every_point_is_the_edit_that_it_is_alone(run, tmp_path, model):
-    axes = ["axes.method.preserve=qkv,kv", "axes.dilate=0,1"]
+    axes = ["axes.method.background=none,paste", "axes.region.feather=0,1"]
     found, planned = run(*axes)
     assert len(found.records) == planned.points == 4
     assert planned.shared < 0.9 * planned.alone  # the source's rows are shared whatever differs

@@ -12,6 +12,8 @@ from PIL.Image import Image
 if TYPE_CHECKING:
     from masafusion_lab.picturebook.edits import Example
 
+HINTS = ("sketch", "canny", "pose")
+"""The kinds of hint that a case may carry; of each a model may have an adapter."""
 Box: TypeAlias = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels of the picture, or in fractions of its sides when none is above 1."""
 

@@ -15,10 +15,10 @@ from typing import Any, cast
 import yaml
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Box, Case
+from masafusion_lab.configfile import is_mere_text
+from masafusion_lab.data.case import HINTS, Box, Case
 
 TEXTS = ("id", "source", "target", "instruction")
-HINTS = ("sketch", "canny", "pose")
 COLUMNS = (*TEXTS, "image", "mask", "box", *HINTS, "truth")
 """Of a manifest; only `image` must be there. `box` is left,top,right,bottom in place of a mask; the rest are files."""
 
@@ -168,7 +168,7 @@ def _yaml(text: str) -> Iterator[Row]:
         depth = 0
         for event in yaml.parse(text, Loader=loader):
             line = event.start_mark.line + 1
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            if not is_mere_text(event):
                 raise _Bad(line, "has a tag, an anchor or an alias; put text that begins with ! & * in quotes")
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1

@@ -8,11 +8,10 @@ import numpy as np
 from PIL import Image
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Case
+from masafusion_lab.data.case import HINTS, Case
 from masafusion_lab.picturebook.edits import EDITS, Example, edit, session
 
 REGIONS = ("loose", "exact", "boxed")
-HINTS = ("sketch", "canny", "pose")
 
 
 def _case(example: Example, region: str, hints: Sequence[str]) -> Case:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Box, Case, Made, Picture
+from masafusion_lab.region import USUAL, Region
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,12 @@ def prepare(
     native: int,
     size: str | None = None,
     dilate: int = 0,
-    soft: bool = False,
+    how: Region = USUAL,
 ) -> Prepared:
     """Open a case's pictures and bring them to its working size; see `working_size`.
 
-    A latent cell belongs to A if the mask, above half grey, touches it; `dilate` adds so many rings of cells. With
-    `soft` a cell keeps the brightest grey that it holds. Raises InputError naming the picture and what is wrong.
+    `how` the mask becomes A, to which `dilate` adds so many rings of cells. Raises InputError naming the picture and
+    what is wrong.
     """
     if dilate < 0:
         raise InputError(f"dilate={dilate}: is a number of latent cells, 0 or more")
@@ -70,11 +71,13 @@ def prepare(
     width, height = working_size(*image.size, multiple=multiple, native=native, size=size)
     full = mask = None
     if case.mask is not None:
-        full = region(case.mask, image, (width, height), soft)
-        mask = F.max_pool2d(full, factor)
+        full = region(case.mask, image, (width, height), how)
+        mask = cells(full, factor, how)
         if dilate:
             mask = F.max_pool2d(mask, 2 * dilate + 1, 1, dilate)
         _check_region(_name(case.mask), full, mask, factor)
+        if how.feather:
+            mask = F.avg_pool2d(mask, 2 * how.feather + 1, 1, how.feather, count_include_pad=False)
     return Prepared(
         pixels=tensor(image.resize((width, height), Image.Resampling.LANCZOS)),
         mask=mask,
@@ -231,7 +234,16 @@ def _hint(kind: str, hint: Picture, image: Image.Image, working: tuple[int, int]
     return tensor(drawn.resize(working, Image.Resampling.BILINEAR))
 
 
-def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], soft: bool = False) -> Tensor:
+def cells(full: Tensor, factor: int, how: Region) -> Tensor:
+    """A, before it grows or fades: the cells (1, H / factor, W / factor) of a mask (1, H, W)."""
+    if how.downsample == "max":
+        return F.max_pool2d(full, factor)
+    middle = factor // 2
+    A = F.avg_pool2d(full, factor) if how.downsample == "area" else full[:, middle::factor, middle::factor]
+    return A if how.soft else (A >= 0.5).float()
+
+
+def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], how: Region = USUAL) -> Tensor:
     """The mask (1, H, W) of a picture at a size: a pixel is as bright as the brightest that it covers of the mask."""
     if isinstance(mask, tuple):
         drawn_over = _boxed(mask, image)
@@ -239,7 +251,7 @@ def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], so
         drawn = open_mask(mask)
         _check_aspect(f"{_name(mask)}: the mask", drawn, image, working)
         drawn_over = tensor(drawn)
-    whole = drawn_over if soft else (drawn_over > 0.5).float()
+    whole = drawn_over if how.soft else (drawn_over > how.threshold).float()
     return F.adaptive_max_pool2d(whole, (working[1], working[0]))
 
 
@@ -267,7 +279,9 @@ def _check_aspect(what: str, drawn: Image.Image, image: Image.Image, working: tu
 def _check_region(name: str, full: Tensor, mask: Tensor, factor: int) -> None:
     """Raise for an empty or full region; warn of one that may not be what was meant."""
     if not full.any():
-        raise InputError(f"{name}: the mask is empty; paint what is to be edited white (above half grey)")
+        raise InputError(f"{name}: the mask is empty; paint what is to be edited white (above region.threshold)")
+    if not mask.any():
+        raise InputError(f"{name}: the region has no latent cell; it is thin: take region.downsample=max")
     if mask.min() == 1:
         raise InputError(f"{name}: the mask covers the whole picture; leave it out, or paint what is kept black")
     thick = -F.max_pool2d(-full, factor, 1)

@@ -66,8 +66,7 @@ class MaSaFusion(Denoising):
     share_noise: bool = True
     """Whether lines 4 and 7 use the same Gaussian x; if not, the target starts from its mirror image."""
     background: Literal["none", "paste"] = "none"
-    """What becomes of the decoded picture outside the region: it is left, as Remark 2 wants it, or the source's pixels
-    are put there."""
+    """What becomes of the decoded picture outside A: it is left (Remark 2), or the source's pixels are put there."""
 
     @property
     def needs(self) -> Needs:

@@ -101,8 +101,9 @@ class Studio:
 
     def see(self, picture: Image.Image, region: Image.Image, size: str, dilate: int) -> tuple[Image.Image, str]:
         """The region as the model will see it; see `annotate.seen`."""
-        m = self.model
-        return seen(picture, region, factor=m.factor, multiple=m.multiple, native=m.native, size=size, dilate=dilate)
+        m, how = self.model, self.experiment.region
+        sizes: dict[str, Any] = {"factor": m.factor, "multiple": m.multiple, "native": m.native, "size": size}
+        return seen(picture, region, **sizes, dilate=dilate, how=how)
 
     def person(self, token: str) -> Path:
         """The folder of whose browser has this token."""
