@@ -7,6 +7,7 @@ import pytest
 
 from masafusion_lab import InputError, config
 from masafusion_lab.methods import METHODS, needs
+from masafusion_lab.model import StableDiffusion
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 TABLE = {
@@ -17,6 +18,11 @@ TABLE = {
 """Method to its cells: needs, inversion, network, rule, rows."""
 NETWORK = {"instruct": "8 channels", "hive": "8 channels", "inpaint": "9 channels"}
 STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def sites(tiny_root):
+    return StableDiffusion.load(str(tiny_root)).sites
 
 
 def made(name, settings=""):
@@ -54,16 +60,16 @@ def test_every_method_is_in_the_table():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_its_row_is_true(tiny, name):
+def test_its_row_is_true(sites, name):
     needs_cell, inversion, network, _, rows = TABLE[name]
     said = re.findall(r"(\w[\w ]*?)(?: \((not )?`([^`]+)`\))?(?:, |$)", f"{needs_cell}, {network}".strip(", "))
-    usual = needed(made(name), tiny.sites)
+    usual = needed(made(name), sites)
     assert usual == {what for what, without, settings in said if without or not settings}
     for what, without, settings in said:
         if settings:
-            assert (what in needed(made(name, settings), tiny.sites)) == (not without)
+            assert (what in needed(made(name, settings), sites)) == (not without)
     assert inversion == ("any" if needs(made(name)).inversion else "none")
     for cost, masked, settings in re.findall(r"(\d+)(?: (with a mask)| \(`([^`]+)`\))?(?:; |$)", rows):
         method = made(name, settings)
-        plan = method.plan(tiny.sites, STEPS)
+        plan = method.plan(sites, STEPS)
         assert int(cost) == (plan if masked else plan.everywhere()).cost(STEPS, method.guidance)
