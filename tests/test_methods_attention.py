@@ -90,9 +90,17 @@ def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, recor
         torch.testing.assert_close(alone, both[-1].x["target"][b : b + 1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_edit_runs_from_its_picture_to_its_folder(tiny_root, tmp_path, name):
-    words = ["batch=2", f"method.name={name}"]
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, "") for name in NAMES),
+        ("plug_and_play", "method.variant=original"),
+        ("plug_and_play", "method.negative=orange"),
+        ("masactrl", "method.variant=auto method.source_prompt=source method.auto_source=cat method.auto_target=dog"),
+    ],
+)
+def test_an_edit_runs_from_its_picture_to_its_folder(tiny_root, tmp_path, name, settings):
+    words = ["batch=2", f"method.name={name}", *settings.split()]
     cases = [edits.case("a"), edits.case("b", shift=3, target="a dog on grass")]
     folders = phases.edit(edits.lab(tiny_root, tmp_path / "store", *words), cases, tmp_path / "run")
     for folder in folders:
