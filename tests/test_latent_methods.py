@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from masafusion_lab.network import BASE, TAUGHT, fingerprint
 from tests.edits import Calls, case, drawn, lab
 
 STEPS = 4
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 OURS = {
     "sdedit": {"guidance": 3.0, "strength": 0.5},
     "diffedit": {
@@ -45,6 +48,10 @@ OURS = {
     "edit_friendly": {"guidance": 3.0, "source_guidance": 3.0, "start": 0.5, "eta": 0.0},
 }
 """Our methods, and for every one of their fields another value."""
+SHIPPED = [
+    path for path in CONFIGS if not {"\nbench:", "\nsweep:", "\naxes:"} & {*re.findall(r"\n\w+:", path.read_text())}
+]
+"""Configurations of an edit."""
 READING = [name for name in OURS if getattr(METHODS[name], "needs", None) is None]
 SETTINGS = [*((name, {}) for name in OURS), ("glide", {"backend": "inpaint"})]
 
@@ -129,6 +136,15 @@ def test_an_instruction_alone_is_enough_of_a_prompt(tiny_networks, tmp_path):
     built = lab(tiny_networks, tmp_path / "store", "method.name=instruct_pix2pix")
     (folder,) = phases.edit(built, [case(hints={}, target="", instruction="red dog")], tmp_path / "run")
     assert (folder / "target.png").exists()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_an_edit_with_a_configuration_that_ships_can_begin(tiny_networks, tmp_path, path):
+    model = config.Model(path=str(tiny_networks), device="cpu")
+    built = phases.build(
+        dataclasses.replace(config.load([path]), model=model, store=str(tmp_path), size="48x32", trainer={})
+    )
+    assert phases.job(built, case(instruction="red dog"), tmp_path / "run").key
 
 
 @pytest.mark.parametrize(
