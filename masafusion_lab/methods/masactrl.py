@@ -13,11 +13,11 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Hint, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.looks import Looks, first_look
 from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
+from masafusion_lab.wordmaps import WordMaps, first_maps
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MasaCtrl(Denoising):
         when, where = Span.part(self.mutual_window, steps) or Span(0, 0), layers(self.mutual_layers, sites)
         take = Take(None, "S", "S", when, where, keys="seen" if self.variant == "auto" else self.variant)
         if self.auto:
-            looked = first_look(sites, self.auto_resolution, "method.auto_resolution")
+            looked = first_maps(sites, self.auto_resolution, "method.auto_resolution")
             if all(site.cross or site.depth not in where for site in sites[looked:]):
                 raise InputError(f"method.mutual_layers={self.mutual_layers}: all before the first look at words")
         return Plan(
@@ -101,17 +101,17 @@ class MasaCtrl(Denoising):
         start, record = {"target": source.states[0]}, {"source": source.states}
         if not self.auto:
             return Course(plan, start, given, record, self.guidance)
-        looks, marks = Looks(self.auto_resolution), self.marks(model, given)
+        maps, marks = WordMaps(self.auto_resolution), self.marks(model, given)
 
         def seen() -> Tensor | None:
-            if looks.maps is None:
+            if maps.added is None:
                 return None
-            p = looks.at(marks)
+            p = maps.at(marks)
             low, high = p.amin((-2, -1), keepdim=True), p.amax((-2, -1), keepdim=True)
             return (p - low >= self.auto_threshold * (high - low)).float()
 
         def after(state: State) -> dict[str, Tensor]:
-            looks.maps = None  # each step looks anew
+            maps.added = None  # each step looks anew
             return {}
 
-        return Course(plan, start, replace(given, seen=seen), record, self.guidance, after, [looks])
+        return Course(plan, start, replace(given, seen=seen), record, self.guidance, after, [maps])

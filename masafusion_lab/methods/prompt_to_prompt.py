@@ -14,11 +14,11 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
 from masafusion_lab.given import Follow, Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.looks import CELLS, Looks, first_look
 from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
+from masafusion_lab.wordmaps import CELLS, WordMaps, first_maps
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class PromptToPrompt(Denoising):
             follow = Words("S", Span(min(s.start for s in spans), max(s.stop or 0 for s in spans)))
         if self.blends:
             follow = Words("S")  # in every step: its maps are looked at
-            first_look(sites, self.blend_resolution, "method.blend_resolution")
+            first_maps(sites, self.blend_resolution, "method.blend_resolution")
         target = Branch("target", "target", null=self.null, take=take, words=follow)
         return Plan({"S": Branch("source", "source"), "T": target}, {"target": "T"})
 
@@ -114,8 +114,8 @@ class PromptToPrompt(Denoising):
 
         on = torch.stack([marks("source", self.blend_source), marks("target", self.blend_target)])
         off = torch.stack([marks("source", self.blend_without, strict=False), marks("target", self.blend_without)])
-        looks = Looks(self.blend_resolution, own=self.blend_maps == "own")
-        return LocalBlend(looks, on, off, int(self.blend_start * steps), self.blend_threshold)
+        seen = WordMaps(self.blend_resolution, own=self.blend_maps == "own")
+        return LocalBlend(seen, on, off, int(self.blend_start * steps), self.blend_threshold)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """The edit as data; see `Denoising`."""
@@ -127,7 +127,7 @@ class PromptToPrompt(Denoising):
             {"source": source.states},
             self.guidance,
             blend,
-            [blend.looks] if blend else [],
+            [blend.seen] if blend else [],
         )
 
 
@@ -138,7 +138,7 @@ class LocalBlend:
     `on`, `off` (2, B, n): 1 at the tokens of the words where the target may and may not differ, of source and target.
     """
 
-    looks: Looks
+    seen: WordMaps
     on: Tensor
     off: Tensor
     start: int
@@ -153,7 +153,7 @@ class LocalBlend:
 
         def pixels(marks: Tensor, reach: int) -> Tensor:
             """Where either prompt's words are looked at, (B, 1, h, w), and as many cells around it."""
-            looks = F.max_pool2d(self.looks.at(marks), 2 * reach + 1, 1, reach)
+            looks = F.max_pool2d(self.seen.at(marks), 2 * reach + 1, 1, reach)
             looks = F.interpolate(looks, (height, width))
             return (looks > self.threshold * looks.amax((-2, -1), keepdim=True)).any(0)[:, None]
 

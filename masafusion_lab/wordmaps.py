@@ -16,16 +16,16 @@ CELLS = 64
 """Side of Stable Diffusion's latents, by which published resolutions are counted."""
 
 
-class Looks:
+class WordMaps:
     """A tap that adds up how much each pixel of the branches attends to each token, under their prompts.
 
-    `maps` (branches, B, h, w, n), of all layers and heads since it was last None. `resolution`: the side of the layers'
+    `added` (branches, B, h, w, n), of all layers and heads since it was last None. `resolution`: the side of the layers'
     maps, of 64; `own`: whether of branches that follow another's words it is seen what they would attend to alone.
     """
 
     def __init__(self, resolution: int, branches: Sequence[str] = ("S", "T"), *, own: bool = False) -> None:
         self.resolution, self.branches, self.own = resolution, tuple(branches), own
-        self.maps: Tensor | None = None
+        self.added: Tensor | None = None
 
     def wants(self, site: Site, i: int, row: Row) -> bool:
         """Cross-attention of its resolution, of its branches."""
@@ -37,14 +37,14 @@ class Looks:
         if len(sight.p) < len(self.branches):
             return
         p = torch.stack([sight.p[branch, "text"] for branch in self.branches]).sum(2)
-        if self.maps is None:
-            self.maps = p.new_zeros(*p.shape[:2], *sight.grid, p.shape[-1])
-        self.maps.flatten(2, 3)[:, :, sight.first : sight.first + p.shape[2]] += p
+        if self.added is None:
+            self.added = p.new_zeros(*p.shape[:2], *sight.grid, p.shape[-1])
+        self.added.flatten(2, 3)[:, :, sight.first : sight.first + p.shape[2]] += p
 
     def at(self, marks: Tensor) -> Tensor:
         """The attention (branches, B, h, w) to the tokens that are marked, of each branch by (branches, B, n)."""
-        assert self.maps is not None, "first_look() refuses a resolution that no layer has"
-        return (self.maps * marks[:, :, None, None]).sum(-1)
+        assert self.added is not None, "first_maps() refuses a resolution that no layer has"
+        return (self.added * marks[:, :, None, None]).sum(-1)
 
 
 def has(site: Site, resolution: int) -> bool:
@@ -52,7 +52,7 @@ def has(site: Site, resolution: int) -> bool:
     return site.cross and 2**site.level * resolution == CELLS
 
 
-def first_look(sites: Sequence[Site], resolution: int, key: str) -> int:
+def first_maps(sites: Sequence[Site], resolution: int, key: str) -> int:
     """The place among the sites of the first layer of a resolution. Raises InputError, naming the key, for none."""
     for place, site in enumerate(sites):
         if has(site, resolution):
