@@ -19,8 +19,8 @@ CELLS = 64
 class WordMaps:
     """A tap that adds up how much each pixel of the branches attends to each token, under their prompts.
 
-    `added` (branches, B, h, w, n), of all layers and heads since it was last None. `resolution`: the side of the layers'
-    maps, of 64; `own`: whether of branches that follow another's words it is seen what they would attend to alone.
+    `added` (branches, B, h, w, n), of all layers and heads since it was last None. `resolution`: the side of the maps,
+    of 64; `own`: whether of branches that follow another's words it is seen what they would attend to alone.
     """
 
     def __init__(self, resolution: int, branches: Sequence[str] = ("S", "T"), *, own: bool = False) -> None:
