@@ -2,76 +2,139 @@
 
     python -m experiments.methods [--cases 200] [--only sdedit,masactrl] [--json FILE] [KEY=VALUE ...]
 
-l1: mean difference from the true target, of the whole picture; edit_success: the part of the edits that the world's
-judge finds done; keep_psnr: dB outside the region, against the source; seconds and UNet rows an edit, without the
-inversion. Each method runs with its defaults, the published ones. What is there is not made again.
+A benchmark (see masafusion bench) whose rows are the methods, each at its published settings, by direct inversion or by
+that which it was published with. l1: mean difference from the true target, of the whole picture; edit_success: the part
+of the edits that the world's judge finds done; keep_psnr: dB outside the region, against the source; seconds and UNet
+rows an edit, without the inversion. What it will take is said first. What is there is not made again: killed, the same
+command goes on, and methods of one inversion share its records.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.edit_quality import measure
-from masafusion_lab import InputError, config, lab, phases
-from masafusion_lab.data.picturebook import cases
+from masafusion_lab import bench, lab
+from masafusion_lab.forecast import duration
+from masafusion_lab.inversion import Direct, Npi
 from masafusion_lab.methods import METHODS, needs
-from masafusion_lab.picturebook.changes import EDITS
-from masafusion_lab.picturebook.edits import edit
-from masafusion_lab.picturebook.judge import Judge
+from masafusion_lab.model import StableDiffusion
+from masafusion_lab.null_text import NullText
 from masafusion_lab.progress import bar
-from masafusion_lab.runs import write_json
+from masafusion_lab.protocol import Protocol
+from masafusion_lab.runs import read_json, write_json
+from masafusion_lab.scoring import Scorer
 
-INVERSIONS = {"plain": ["ddim"], "plug_and_play": ["ddim"], "prompt_to_prompt": ["direct", "null_text"],
-              "masafusion": ["direct", "null_text"], "edit_friendly": ["edit_friendly"]}  # fmt: skip
-"""With which a method is measured; the others with direct inversion, or with none where they read none."""
-COLUMNS = ("l1", "edit_success", "keep_psnr", "seconds", "rows")
+NTI = "null_text inversion.preset=reference"
+INVERSIONS = {
+    "masafusion": ["direct", NTI],
+    "embctrl": [NTI],  # made for it
+    "prompt_to_prompt": ["direct", NTI, "npi"],
+    "plug_and_play": ["direct inversion.prompt=empty"],
+    "masactrl": ["direct inversion.prompt=empty"],
+    "edit_friendly": ["edit_friendly"],
+}
+"""With which a method is measured; the others with direct inversion, or with none where they read none.
 
-
-def row(method: str, inversion: str, count: int, out: Path, words: Sequence[str]) -> dict[str, Any]:
-    """The measures of a method over the first `count` test edits, or why there are none."""
-    found: dict[str, Any] = {"method": method, "inversion": inversion}
-    preset = ["inversion.preset=reference"] if inversion == "null_text" else []
-    chosen = [] if inversion == "none" else [f"inversion.name={inversion}", *preset]
-    try:
-        experiment = config.load(words=[f"method.name={method}", *chosen, *words])
-        made = phases.edit(lab.build(experiment, track=bar), list(cases("test", count)), out / f"{method}-{inversion}")
-    except InputError as error:
-        return found | dict.fromkeys(COLUMNS) | {"error": str(error)}
-    edited = [np.asarray(Image.open(folder / "target.png").convert("RGB")) for folder in made]
-    results = [json.loads((folder / "result.json").read_text()) for folder in made]
-    true = [edit("test", k, EDITS[k % len(EDITS)]).target_picture for k in range(count)]
-    seen = measure(edited, Judge.load())
-    spent = [sum(s for phase, s in result["seconds"].items() if phase != "invert") for result in results]
-    return found | {
-        "l1": float(np.mean([np.abs(a.astype(float) - b).mean() / 255 for a, b in zip(edited, true, strict=True)])),
-        "edit_success": float(np.mean(seen["done"])),
-        "keep_psnr": float(np.mean(seen["kept_db"])),
-        "seconds": float(np.mean(spent)),
-        "rows": float(np.mean([result["rows"] for result in results])),
-    }
+Plain editing reads x_T alone, in which direct and DDIM inversion are the same.
+"""
+STEPS = {"instruct_pix2pix": 100, "hive": 100}
+"""As published, where that is not 50."""
+MEASURES = {"l1": "l1", "edit_success": "done", "keep_psnr": "psnr_area"}
+"""Column to measure (metrics.MEASURES)."""
+COLUMNS = (*MEASURES, "seconds", "rows")
+PROTOCOL = Protocol("methods", tuple(MEASURES.values()), (), {"judge": "picturebook/judge"}, {})
+CALL = 16
+"""UNet rows of a call that is timed."""
 
 
-def show(rows: Sequence[dict[str, Any]], count: int) -> None:
-    """Print the table, and why a row is empty."""
+def rows_of(names: Iterable[str], words: Sequence[str]) -> dict[str, str]:
+    """The rows of the benchmark, "method inversion" -> keys; steps that are given count for all methods."""
+    found = {}
+    for name in names:
+        usual = ["direct"] if needs(METHODS[name]()).inversion else [""]
+        fixed = f" steps={STEPS[name]}" if name in STEPS and not any(w.startswith("steps=") for w in words) else ""
+        for inversion in INVERSIONS.get(name, usual):
+            chosen = f" inversion.name={inversion}" if inversion else ""
+            found[f"{name} {inversion.split(' ')[0] or 'none'}"] = f"method.name={name}{chosen}{fixed}"
+    return found
+
+
+def inversion_rows(inversion: Any, steps: int) -> int:
+    """UNet rows an image of inverting it; a backward pass counts as two forward ones."""
+    if not isinstance(inversion, Direct | NullText):
+        return 0
+    up = steps * (1 if inversion.inverse_guidance == 1 else 2)
+    if isinstance(inversion, NullText):
+        return up + steps * (1 + 3 * inversion.inner_steps + 2)
+    if isinstance(inversion, Npi) and not inversion.interpolation:
+        return up + steps
+    return up if type(inversion) is Direct else up + 2 * steps
+
+
+def forecast(made: bench.Benchmark, model: StableDiffusion) -> str:
+    """What is left to do, in words: a row takes as long as in a call of CALL rows, timed here."""
+    edits = rows = 0
+    records: dict[str, int] = {}
+    for name, row in made.rows.items():
+        inversion, method = lab.chosen(row)
+        left = sum(bench.error_of(made.at(cell), row) is not None for cell in made.cells(name))
+        edits += left
+        rows += left * method.plan(model.sites, row.steps).cost(row.steps, getattr(method, "guidance", 0.0))
+        each = repr((inversion, row.steps))
+        records[each] = max(records.get(each, 0), left * inversion_rows(inversion, row.steps))
+    side, text = model.native // model.factor, model.embed([""]).expand(CALL, -1, -1)
+    x, taken = torch.zeros(CALL, model.unet.config.out_channels, side, side, device=model.device), []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            float(model.eps(x, 0, model.schedule(1), text).mean())  # waits for the device
+        taken.append((time.perf_counter() - start) / CALL)
+    inverted = sum(records.values())
+    return (
+        f"{edits} edits of {len(made.rows)} rows x {len(made.cases)} cases are left: {rows:,} UNet rows, and at most "
+        f"{inverted:,} of inversions that are not in the store; at {1e3 * min(taken):.1f} ms each about "
+        f"{duration((rows + inverted) * min(taken))}"
+    )
+
+
+def summed(made: bench.Benchmark, records: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of the table, None where a row has no edit, and why edits are missing."""
+    found, lost = [], []
+    for name in made.rows:
+        its = [record for record in records if record["row"] == name]
+        edited = {record["case"] for record in its if not record["error"]}
+        places = [made.at(cell) for cell in made.cells(name) if cell.case.id in edited]
+        results = [read_json(place / "result.json") for place in places]
+        values: dict[str, list[float]] = {key: [r[of] for r in its if not r["error"]] for key, of in MEASURES.items()}
+        values["seconds"] = [sum(s for part, s in r["seconds"].items() if part != "invert") for r in results]
+        values["rows"] = [r["rows"] for r in results]
+        method, inversion = name.split(" ")
+        means = {key: float(np.mean(values[key])) if results else None for key in COLUMNS}
+        found.append({"method": method, "inversion": inversion, **means})
+        if why := next((record["error"] for record in its if record["error"]), None):
+            lost.append(f"{name}: {len(its) - len(edited)} of {len(its)} edits are missing: {why}")
+    return found, lost
+
+
+def show(rows: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Print the table."""
     table = Table("method", "inversion", *COLUMNS, title=f"{count} test edits of the picture-book world")
     digits = {"l1": 4, "edit_success": 2, "keep_psnr": 1, "seconds": 1, "rows": 0}
     for found in rows:
         cells = ["n/a" if found[key] is None else f"{found[key]:.{digits[key]}f}" for key in COLUMNS]
         table.add_row(found["method"], found["inversion"], *cells)
     Console().print(table)
-    for found in rows:
-        if "error" in found:
-            print(f"{found['method']}: {found['error']}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,20 +144,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="methods, separated by commas (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the rows there")
-    parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as steps=20")
+    parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as steps=20 batch=4")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     names = given.only.split(",") if given.only else [name for name in METHODS if name != "replay"]
     if strange := [name for name in names if name not in METHODS]:
         parser.error(f"--only {strange[0]}: no such method; there are {', '.join(METHODS)}")
-    rows = []
-    for name in names:
-        usual = ["direct"] if needs(METHODS[name]()).inversion else ["none"]
-        for inversion in INVERSIONS.get(name, usual):
-            rows.append(row(name, inversion, given.cases, given.out, given.words))
-            if given.json:
-                write_json(given.json, rows)
+    words = [f"out={given.out}", "batch=8", "bench.exact=false", *given.words]
+    words += [f"bench.count={given.cases}", "bench.sessions=0", "bench.turns=single"]
+    words += [f"bench.rows.{name}={text}" for name, text in rows_of(names, given.words).items()]
+    experiment, made = bench.read([], words)
+    made = replace(made, protocol=PROTOCOL)
+    print(forecast(made, StableDiffusion.load(**vars(experiment.model))), flush=True)
+    bench.edit(made, track=bar)
+    rows, lost = summed(made, bench.score(made, Scorer.of(PROTOCOL, {}), track=bar))
     show(rows, given.cases)
+    print(*lost, sep="\n")
+    if given.json:
+        write_json(given.json, rows)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Tap(Protocol):
 Triple: TypeAlias = tuple[int, int, int]
 """The rows whose q, k and v are attended."""
 Recipe: TypeAlias = tuple[str, tuple[Triple, ...]]
-"""How an output is made, and of which triples: plain or masked of one; union or words of two."""
+"""How an output is made, and of which triples: plain, masked or seen of one; union or words of two."""
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,17 @@ class Step:
             return "words", ((other, other, other), itself)
         half = "text" if rule.from_text else half
         q, k, v = (own if b is None else self.index[b, half] for b in (rule.q, rule.k, rule.v))
-        return rule.keys, ((q, k, v), itself)[: 2 if rule.keys == "union" else 1]
+        unseen = rule.keys == "seen" and (self.given is None or self.given.seen() is None)
+        return "plain" if unseen else rule.keys, ((q, k, v), itself)[: 2 if rule.keys == "union" else 1]
 
-    def region(self, site: Site) -> Tensor:
-        """A in the pixels of a layer, (B, 1, 1, N), nearest."""
+    def regions(self, how: str, site: Site) -> tuple[Tensor, Tensor]:
+        """Which keys and which pixels of a layer belong to A, or to what was seen, (B, 1, 1, N) each, nearest."""
         assert self.given is not None
-        assert self.given.mask is not None
-        h, w = self.given.mask.shape[-2:]
-        return F.interpolate(self.given.mask, site.grid(h, w)).flatten(1)[:, None, None]
+        seen = self.given.seen() if how == "seen" else self.given.mask
+        assert seen is not None
+        keys, pixels = (seen[0][:, None], seen[1][:, None]) if how == "seen" else (seen, seen)
+        keys, pixels = (F.interpolate(A, site.grid(*self.grid)).flatten(1)[:, None, None] for A in (keys, pixels))
+        return keys, pixels
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,10 @@ def terms(how: str, parts: Sequence[tuple[Tensor, Tensor, Tensor]], step: Step, 
         own_q, own_k, own_v = parts[1]
         theirs, own = (y[step.i][:, None].to(v.dtype) for y in (step.given.words.theirs, step.given.words.own))
         return [Term(q, k, own_v, map=theirs), Term(own_q, own_k, own_v, map=own.diag_embed())]
-    mask, never = step.region(site).to(v.dtype), torch.finfo(v.dtype).min / 2  # finite: all keys may be forbidden
+    (mask, pixels), never = step.regions(how, site), torch.finfo(v.dtype).min / 2  # finite: all keys may be forbidden
+    mask, pixels = mask.to(v.dtype), pixels.to(v.dtype).mT
     inside, outside = mask.masked_fill(mask == 0, never), mask.masked_fill(mask == 1, never)
-    return [Term(q, k, v, inside, weight=mask.mT), Term(q, k, v, outside, weight=1 - mask.mT)]
+    return [Term(q, k, v, inside, weight=pixels), Term(q, k, v, outside, weight=1 - pixels)]
 
 
 class RoutedAttention:

@@ -23,6 +23,7 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
+from masafusion_lab.methods import needs
 from masafusion_lab.protocol import QUICK, Protocol
 from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
 from masafusion_lab.scoring import Scorer
@@ -175,9 +176,9 @@ def _batches(row: str, bench: Benchmark) -> Iterator[list[Cell]]:
 
 
 def _together(row: config.Experiment) -> int:
-    """How many cases are edited at once: on the CPU one, where more gain nothing, and rounding grows over turns."""
+    """How many cases are edited at once: on the CPU one if it is exact, for rounding grows over turns."""
     with suppress(InputError):  # for a device that is not here; said when the row begins
-        return 1 if choose_device(row.model.device).type == "cpu" else row.batch
+        return 1 if row.bench.exact and choose_device(row.model.device).type == "cpu" else row.batch
     return 1
 
 
@@ -188,10 +189,11 @@ def labs_of_rows() -> Callable[[str, config.Experiment], Lab | str]:
     def lab(name: str, row: config.Experiment) -> Lab | str:
         if last.get("row") != name:
             log.info("row %r", name)
-            model = last.get("model") if last.get("settings") == row.model else None
+            of_model = row.model, needs(config.method(row)).network
+            model = last.get("model") if last.get("settings") == of_model else None
             try:
                 last["lab"] = build(row, model=model)
-                last["model"], last["settings"] = last["lab"].model, row.model
+                last["model"], last["settings"] = last["lab"].model, of_model
             except InputError as error:
                 log.warning("row %r: %s", name, error)
                 last["lab"] = str(error)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch
+from masafusion_lab.fusion import Branch, Span
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import NotFinite, fresh, predict
 from masafusion_lab.model import StableDiffusion
@@ -17,8 +17,18 @@ from masafusion_lab.schedule import Schedule
 log = logging.getLogger(__name__)
 
 BRANCHES = {"S": Branch("noised", "source"), "T": Branch("noised", "target")}
-ROWS = 4
-"""UNet rows an image that one map costs."""
+
+
+def rows(maps: int, w: float) -> int:
+    """UNet rows an image that so many maps cost in guidance w."""
+    return maps * sum(len(branch.halves(w)) for branch in BRANCHES.values())
+
+
+def state(maps: int, strength: float, steps: int) -> int:
+    """The state, of so many steps, that the picture is noised to. Raises InputError for settings that cannot be."""
+    if maps < 1:
+        raise InputError(f"method.maps={maps}: must be at least 1")
+    return Span.last(strength, steps, "map_strength").start
 
 
 @torch.no_grad()
@@ -38,9 +48,7 @@ def region(
     The picture is noised `maps` times to `strength` of the schedule; a cell is inside if the two guided eps differ in
     it by more than half of `threshold` times the picture's mean. Raises InputError for what touches no step, NotFinite.
     """
-    i, difference = schedule.start(strength, "map_strength"), torch.zeros_like(x0)
-    if maps < 1:
-        raise InputError(f"method.maps={maps}: must be at least 1")
+    i, difference = state(maps, strength, len(schedule)), torch.zeros_like(x0)
     for k in range(maps):
         x = {"noised": schedule.diffuse(x0, fresh(given, f"map {k}"), i)}
         eps = predict(model, BRANCHES, x, given, i, schedule=schedule, w=w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
@@ -43,6 +44,14 @@ class Span:
             raise InputError(f"the window [{a:g},{b:g}] must be [a,b], fractions of the steps with 0 <= a <= b <= 1")
         return cls(int(a * steps), int(b * steps)) if a < b else None
 
+    @classmethod
+    def last(cls, part: float, steps: int, key: str = "strength") -> Span:
+        """The last `part` of so many steps, to the end. Raises InputError, naming the setting, if that is no step."""
+        n = int(steps * part) if math.isfinite(part) else 0
+        if not 1 <= n <= steps:
+            raise InputError(f"method.{key}={part:g}: is {n} of {steps} steps, must be 1 to all of them")
+        return cls(steps - n)
+
     def __str__(self) -> str:
         return f"{self.start}:{'' if self.stop is None else self.stop}"
 
@@ -54,7 +63,8 @@ class Take:
     What is read is what the other branch computed itself, before its own Take: rules never chain. Null reads null,
     text reads text, image b reads image b. Layers are `Site.depth`: self-attention layers in running order.
     `keys`: K, V as they are read; side by side with the branch's own (union); or those inside A for pixels inside A and
-    those outside for pixels outside (masked). `from_text`: both halves read the other's text half.
+    those outside for pixels outside (masked), or so by `Given.seen`, once it knows (seen). `from_text`: both halves
+    read the other's text half.
     """
 
     q: str | None = None
@@ -63,7 +73,7 @@ class Take:
     steps: Container[int] = Span()
     layers: Container[int] = Span()
     halves: tuple[str, ...] = HALVES
-    keys: Literal["plain", "union", "masked"] = "plain"
+    keys: Literal["plain", "union", "masked", "seen"] = "plain"
     from_text: bool = False
 
     @property
@@ -98,8 +108,9 @@ class Hint:
 
     @classmethod
     def first(cls, until: float, steps: int, *, on_null: bool = True, scale: float = 1.0) -> Hint | None:
-        """On in the first fraction `until` of so many steps, null half included or not; None if that is no step."""
-        stop = round(until * steps)
+        """On in the first fraction `until` of so many steps, rounded up, null half included or not; None if it is 0."""
+        Span.part(until, steps)  # raises for what is no fraction
+        stop = steps - int((1 - until) * steps)  # as T2I-Adapter's sampler counts
         return cls(Span(0, stop), HALVES if on_null else ("text",), scale) if stop else None
 
 
@@ -206,13 +217,16 @@ def ordered(rows: Container[Row], branches: Iterable[str]) -> tuple[Row, ...]:
 class Plan:
     """A method: its branches, and for each latent that is denoised the rule that denoises it.
 
-    `sde`: the latents whose steps are stochastic; `masked`: whether it needs a region, also beside its rules.
+    `sde`: the latents whose steps are stochastic; `masked`: whether it needs a region, also beside its rules; `run`:
+    the steps that are run; `before`: the UNet rows an image that are asked beside the loop.
     """
 
     branches: Mapping[str, Branch]
     noise: Mapping[str, Noise]
     sde: Mapping[str, Sde] = field(default_factory=dict)
     masked: bool = False
+    run: Span = Span()
+    before: int = 0
 
     def used(self, i: int) -> Iterator[str]:
         """The branches whose eps step i uses."""
@@ -223,6 +237,10 @@ class Plan:
     def rows(self, i: int, w: float = 0.0) -> tuple[Row, ...]:
         """The rows that step i of a loop of guidance w needs, in order: those used, and those that these read."""
         return ordered(frozenset[Row]().union(*needs(self.branches, self.used(i), i, w).values()), self.branches)
+
+    def cost(self, steps: int, w: float = 0.0) -> int:
+        """The UNet rows an image of so many steps in a loop of guidance w."""
+        return self.before + sum(len(self.rows(i, w)) for i in range(steps) if i in self.run)
 
     def at(self, i: int) -> dict[str, Branch]:
         """Only the branches that step i needs, in the plan's order."""
@@ -262,7 +280,7 @@ class Plan:
             for kind, rule in branch.rules.items():
                 if missing := rule.read - set(self.branches):
                     raise InputError(f"branch {name!r} reads {', '.join(sorted(missing))}, no branch of the plan")
-                if not any(i in rule.steps for i in range(steps)):
+                if not any(i in rule.steps for i in range(steps) if i in self.run):
                     raise InputError(f"branch {name!r}: the window {rule.steps} holds none of the {steps} steps")
                 if not any(d in rule.layers for d in range(layers)):
                     raise InputError(f"branch {name!r}: {rule.layers} holds none of the {layers} {kind} layers")

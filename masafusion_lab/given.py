@@ -28,7 +28,8 @@ class Given:
     adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings; `regions`: further
     masks by name; `texts`: "source" and "target" as they were typed, B each; `words`: what `Branch.words` follows by;
     `pixels`: the pictures (B, 3, H, W) in [0, 1]; `noise`: purpose -> Gaussian noise (B, C, h, w), each case's own;
-    `extra`: name -> (B, c, h, w), what the UNet sees beside a latent.
+    `extra`: name -> (B, c, h, w), what the UNet sees beside a latent; `seen`: gives the things by which keys and pixels
+    are told apart, (2, B, h, w), 0 or 1, as far as they are known by now.
     """
 
     prompts: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Given:
     pixels: Tensor | None = None
     noise: Callable[[str], Tensor] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    seen: Callable[[], Tensor | None] = lambda: None
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""

@@ -160,6 +160,15 @@ class Npi(Direct):
     """
 
     name: ClassVar[str] = "npi"
+    interpolation: float = 0.0
+    """How far the null embedding goes over from the source prompt's to that of "", 1: all the way. Then guidance no
+    longer cancels: what it adds to edits comes back, and the drift with it."""
+    guidance: float = 7.5
+    """w of the resimulation, which matters only with an interpolation; the edit should use the same."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interpolation <= 1:
+            raise InputError(f"inversion.interpolation={self.interpolation:g}: must be in [0, 1]")
 
     def invert(
         self,
@@ -173,8 +182,18 @@ class Npi(Direct):
     ) -> Inversion:
         """The record; see `Direct.invert`."""
         x_T = super().invert(model, x0, text, empty, schedule, track=track).states[0]
-        states = retrace(model, x_T, text, text, schedule, w=1, track=track)  # (3) is C_S's eps for every w
-        return Inversion(states, text.float().expand(len(schedule), *text.shape))
+        null = slerp(text.float(), empty.float(), self.interpolation) if self.interpolation else text.float()
+        w = self.guidance if self.interpolation else 1  # (3) is C_S's eps for every w
+        states = retrace(model, x_T, text, null, schedule, w=w, track=track)
+        return Inversion(states, null.expand(len(schedule), *null.shape))
+
+
+def slerp(a: Tensor, b: Tensor, part: float) -> Tensor:
+    """What lies `part` of the angle from a to b, (B, ...), a vector a picture; of those in line, a straight mean."""
+    x, y = a.flatten(1), b.flatten(1)
+    angle = torch.cosine_similarity(x, y).clamp(-1, 1).acos()[:, None]
+    of_a, of_b = (torch.where(angle.sin() > 1e-4, (p * angle).sin() / angle.sin(), p) for p in (1 - part, part))
+    return (of_a * x + of_b * y).view_as(a)
 
 
 @dataclass(frozen=True)

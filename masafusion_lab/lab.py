@@ -75,7 +75,8 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
     """
     inversion, method = chosen(experiment)
     w, of_edit = getattr(inversion, "guidance", None), getattr(method, "guidance", None)
-    if None not in (w, of_edit) and w != of_edit:
+    cancels = not getattr(inversion, "interpolation", True)
+    if None not in (w, of_edit) and w != of_edit and not cancels:
         log.warning("inversion.guidance=%g but method.guidance=%g: the source is replayed under the former", w, of_edit)
     precision = str(experiment.trainer.get("precision", "32-true"))
     if precision.endswith("-true") and precision != "32-true":

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
-from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Sde, Weighted, denoisers, needs, ordered
+from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Sde, Span, Weighted, denoisers, needs, ordered
 from masafusion_lab.given import Given
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -34,6 +34,8 @@ class Script:
     branches: Sequence[Mapping[str, Branch]]
     made: Sequence[Mapping[str, tuple[str, Noise]]]
     sde: Mapping[str, Sde] = field(default_factory=dict)
+    run: ClassVar[Span] = Span()
+    before: ClassVar[int] = 0
 
     def at(self, i: int) -> Mapping[str, Branch]:
         """The branches of step i."""
@@ -56,6 +58,10 @@ class Script:
         """The plans that it was written from were checked."""
 
 
+After: TypeAlias = Callable[[State], Mapping[str, Tensor]]
+"""Asked about every new state; the latents that it gives take the place of the state's own."""
+
+
 @dataclass(frozen=True)
 class Course:
     """A denoising as data: what `lockstep` is given. Points of a sweep are courses, which may share their rows."""
@@ -65,16 +71,19 @@ class Course:
     given: Given
     replay: Mapping[str, Tensor] = field(default_factory=dict)
     w: float = 7.5
+    after: After | None = None
+    taps: Sequence[Tap] = ()
 
     def check(self, *, steps: int, layers: int) -> None:
         """Raise InputError for a plan that a model of so many self-attention layers cannot follow in so many steps."""
         check(self.plan, self.given, steps=steps, layers=layers, latents={*self.x, *self.replay})
 
-    def run(self, model: StableDiffusion, *, schedule: Schedule, **options: Any) -> Iterator[State]:
-        """Its `lockstep`."""
-        return lockstep(
-            model, self.plan, self.x, self.given, schedule=schedule, replay=self.replay, w=self.w, **options
-        )
+    def run(
+        self, model: StableDiffusion, *, schedule: Schedule, taps: Sequence[Tap] = (), **options: Any
+    ) -> Iterator[State]:
+        """Its `lockstep`, which more taps may watch."""
+        how: dict[str, Any] = {"schedule": schedule, "replay": self.replay, "w": self.w, "after": self.after}
+        return lockstep(model, self.plan, self.x, self.given, taps=(*taps, *self.taps), **how, **options)
 
 
 class NotFinite(ArithmeticError):
@@ -93,21 +102,20 @@ def lockstep(
     w: float = 7.5,
     start: int = 0,
     taps: Sequence[Tap] = (),
-    after: Callable[[State], Mapping[str, Tensor]] | None = None,
+    after: After | None = None,
     most: int | None = None,
 ) -> Iterator[State]:
     """Denoise the latents `x` together from state `start`, by the plan; yield every state after the first.
 
     `replay`: name -> (T + 1, B, C, h, w), latents that are read from a record instead of being denoised.
-    `most`: rows that one call of the UNet may have at most, if the step needs no more for one of them.
-    `after`: asked about every new state; the latents that it gives take the place of the state's own. Raises
+    `most`: rows that one call of the UNet may have at most, if the step needs no more for one of them. Raises
     InputError for a plan that this model and batch cannot follow, NotFinite where a step's eps is not finite.
     """
-    replay, x, rows = replay or {}, dict(x), 0
+    replay, x, rows = replay or {}, dict(x), plan.before
     Course(plan, x, given, replay).check(steps=len(schedule), layers=self_layers(model.sites))
     if given.mask is None:
         plan = plan.everywhere()
-    for i in range(start, len(schedule)):
+    for i in (i for i in range(start, len(schedule)) if i in plan.run):
         x |= {name: states[i] for name, states in replay.items()}
         of_step = calls(plan, i, w, most)
         eps = predict(model, plan.at(i), x, given, i, schedule=schedule, w=w, taps=taps, calls=of_step)
@@ -148,6 +156,8 @@ def check(
 
     `latents`: those that have a start; `prompts`: those that say something, if not all that are given.
     """
+    if not any(i in plan.run for i in range(steps)):
+        raise InputError(f"this method runs none of {steps} step{'s' * (steps > 1)}; take more")
     plan.check(
         steps=steps,
         layers=layers,

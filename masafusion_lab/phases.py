@@ -195,7 +195,7 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
         if hasattr(lab.method, "prepare"):
             given = lab.method.prepare(model, given, lab.schedule)
         if hasattr(lab.method, "plan"):
-            said = {"source", "empty", *(name for name, text in told.items() if text)}
+            said = given.prompts.keys() - {name for name, text in told.items() if not text}
             plan = lab.method.plan(model.sites, len(lab.schedule))
             latents = {branch.x for branch in plan.branches.values()}
             layers = self_layers(model.sites)

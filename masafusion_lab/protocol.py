@@ -23,6 +23,8 @@ class Bench:
     """Of the sessions (several turns of editing) the first so many; null: all."""
     kinds: list[str] = field(default_factory=list)
     """Only edits of these kinds, in the set's own words; empty: all."""
+    exact: bool = True
+    """Whether on the CPU cases are edited one by one, so that no pixel depends on batch=; false: batch= at once."""
     turns: Literal["both", "single", "multi"] = "both"
     """single: every turn starts from the set's picture; multi: from the method's own result of the turn before."""
     hint: Literal["", "sketch", "canny"] = ""

@@ -27,7 +27,7 @@ from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods import Shareable
+from masafusion_lab.methods import Denoising
 from masafusion_lab.runs import (
     begin_case,
     finish_case,
@@ -135,7 +135,7 @@ class Runner:
                         item = phases.Batches(lab, [job]).item(job)
                     calls[kin] = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed).ready([item])
                 work.call = calls[kin]
-                if isinstance(lab.method, Shareable):
+                if isinstance(lab.method, Denoising):
                     course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
                     course.check(steps=len(lab.schedule), layers=self.layers)
                     work.course = course if is_shareable(course) else None

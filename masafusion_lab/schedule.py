@@ -56,13 +56,6 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def start(self, part: float, key: str = "strength") -> int:
-        """The state at which the last `part` of the steps begins. Raises InputError, naming `key`, if that is none."""
-        steps = int(len(self) * part)
-        if not 1 <= steps <= len(self):
-            raise InputError(f"method.{key}={part:g}: is {steps} of {len(self)} steps, must be 1 to all of them")
-        return len(self) - steps
-
     def level(self, i: int) -> float:
         """The cumulative alpha of state i, 0 <= i <= T."""
         return float(self.abar[i])

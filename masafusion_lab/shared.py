@@ -64,7 +64,7 @@ def share(courses: Sequence[Course], *, steps: int, layers: int, wanted: Iterabl
 
 
 def is_shareable(course: Course) -> bool:
-    """Whether all that the course's plan says is in KNOWN."""
+    """Whether it is no more than its plan, and all that this says is in KNOWN."""
 
     def understood(part: Any) -> bool:
         known = KNOWN.get(type(part), "").split()
@@ -73,7 +73,7 @@ def is_shareable(course: Course) -> bool:
         return bool(known) and all(getattr(part, name) == value for name, value in usual.items())
 
     plan = course.plan
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, Plan) or course.after or course.taps:
         return False
     rules = (rule for branch in plan.branches.values() for rule in vars(branch).values() if is_dataclass(rule))
     noise = (rule for rule in plan.noise.values() if not isinstance(rule, str))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from masafusion_lab import InputError, config, phases
 from masafusion_lab.editor import Editor, Item
-from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace
+from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace, slerp
 from masafusion_lab.methods import METHODS, needs
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.network import BASE, TAUGHT, fingerprint
 from tests.edits import Calls, case, drawn, lab
 
 STEPS = 4
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 OURS = {
     "sdedit": {"guidance": 3.0, "strength": 0.5},
     "diffedit": {
@@ -45,6 +48,10 @@ OURS = {
     "edit_friendly": {"guidance": 3.0, "source_guidance": 3.0, "start": 0.5, "eta": 0.0},
 }
 """Our methods, and for every one of their fields another value."""
+SHIPPED = [
+    path for path in CONFIGS if not {"\nbench:", "\nsweep:", "\naxes:"} & {*re.findall(r"\n\w+:", path.read_text())}
+]
+"""Configurations of an edit."""
 READING = [name for name in OURS if getattr(METHODS[name], "needs", None) is None]
 SETTINGS = [*((name, {}) for name in OURS), ("glide", {"backend": "inpaint"})]
 
@@ -85,6 +92,7 @@ def edited(models, items, name, **settings):
 )
 def test_a_batch_equals_its_cases_one_by_one(models, items, name, settings):
     together = edited(models, items, name, **settings)
+    assert together[0].rows == METHODS[name](**settings).plan(models[""].sites, STEPS).cost(STEPS)
     for item, of_batch in zip(items, together, strict=True):
         (alone,) = edited(models, [item], name, **settings)
         assert of_batch.rows == alone.rows
@@ -102,30 +110,6 @@ def test_every_field_of_ours_has_another_value_to_be_tried():
 def test_every_field_counts(models, items, name, field):
     (usual,), (other,) = (edited(models, items[:1], name, **s) for s in ({}, {field: OURS[name][field]}))
     assert not torch.allclose(usual.pictures["target"], other.pictures["target"], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "rows"),
-    [
-        ("sdedit", {}, 80),
-        ("diffedit", {}, 80 + 40),
-        ("diffedit", {"mask": "given"}, 80),
-        ("sde_diffedit", {}, 140 + 40),
-        ("blended", {}, 76),
-        ("glide", {}, 100),
-        ("glide", {"backend": "inpaint"}, 100),
-        ("instruct_pix2pix", {}, 150),
-        ("hive", {}, 150),
-        ("edit_friendly", {}, 38 * 2 + 37),
-    ],
-)
-def test_what_fifty_steps_cost_is_what_the_readme_says(models, items, monkeypatch, name, settings, rows):
-    method = METHODS[name](**settings)
-    model = models[needs(method).network]
-    monkeypatch.setattr(model, "eps", lambda x, *args, **options: torch.zeros_like(x))
-    item = dataclasses.replace(items[0], record=Inversion(torch.zeros(51, 1, 4, 8, 12)))
-    (of,) = Editor(model, method, model.schedule(50)).predict_step([item])
-    assert of.rows == rows
 
 
 @pytest.mark.parametrize("inversion", ["direct", "ddim", "null_text", "npi", "edit_friendly"])
@@ -154,9 +138,24 @@ def test_an_instruction_alone_is_enough_of_a_prompt(tiny_networks, tmp_path):
     assert (folder / "target.png").exists()
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_an_edit_with_a_configuration_that_ships_can_begin(tiny_networks, tmp_path, path):
+    model = config.Model(path=str(tiny_networks), device="cpu")
+    built = phases.build(
+        dataclasses.replace(config.load([path]), model=model, store=str(tmp_path), size="48x32", trainer={})
+    )
+    assert phases.job(built, case(instruction="red dog"), tmp_path / "run").key
+
+
 @pytest.mark.parametrize(
     ("word", "changed", "message"),
     [
+        (
+            "sde_diffedit method.mask=given method.strength=1 steps=1",
+            {},
+            "cat: this method runs none of 1 step; take more",
+        ),
+        ("sdedit method.strength=0.1", {}, "cat: method.strength=0.1: is 0 of 3 steps"),
         ("instruct_pix2pix", {}, 'cat: this method follows an instruction: give instruction="'),
         ("hive", {}, "cat: this method follows an instruction"),
         ("blended", {"mask": None}, "cat: this method acts inside a region: give mask=FILE"),
@@ -180,15 +179,17 @@ def test_what_a_case_lacks_is_said_before_anything_is_computed(tiny_networks, tm
         ("sdedit", {"strength": 0.1}, "strength=0.1: is 0 of 4 steps"),
         ("sdedit", {"strength": 1.5}, "strength=1.5: is 6 of 4 steps"),
         ("diffedit", {"map_strength": 0.0}, "map_strength=0: is 0 of 4 steps"),
+        ("diffedit", {"strength": float("nan")}, "strength=nan"),
+        ("sde_diffedit", {"strength": 0.0}, "strength=0: is 0 of 4 steps"),
         ("diffedit", {"maps": 0}, "maps=0: must be at least 1"),
         ("blended", {"start": 1.0}, r"start=1, shrink=0: must be in \[0, 1\)"),
         ("blended", {"shrink": -1}, "shrink=-1"),
         ("edit_friendly", {"start": -0.1}, r"start=-0.1: must be in \[0, 1\)"),
     ],
 )
-def test_a_setting_that_touches_no_step_is_refused(models, items, name, settings, message):
+def test_a_setting_that_touches_no_step_is_refused_by_its_plan(models, name, settings, message):
     with pytest.raises(InputError, match=message):
-        edited(models, items[:1], name, **settings)
+        METHODS[name](**settings).plan(models[""].sites, STEPS)
 
 
 class TestNetworks:
@@ -302,8 +303,12 @@ def test_hive_asks_for_the_best_as_its_network_was_taught(models, items):
     ]
 
 
-def test_outside_the_region_a_paste_leaves_the_pixels_as_they_are(models, items):
-    (of,) = edited(models, items[:1], "glide")
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("glide", {}), ("blended", {}), ("masafusion", {"hint_until": 0}), ("masafusion_no_adapter", {})],
+)
+def test_outside_the_region_a_paste_leaves_the_pixels_as_they_are(models, items, name, settings):
+    (of,) = edited(models, items[:1], name, background="paste", **settings)
     mask = torch.nn.functional.interpolate(items[0].mask[None], (32, 48))[0]
     assert torch.equal((1 - mask) * of.pictures["target"], (1 - mask) * items[0].pixels)
     assert not torch.allclose(mask * of.pictures["target"], mask * items[0].pixels, atol=0.05)
@@ -325,6 +330,26 @@ def test_negative_prompt_inversion_resimulates_alike_under_any_guidance(tiny, ba
         assert torch.equal(record.null[i], text)
     again = retrace(tiny, record.states[0], text, record.null, schedule, w=7.5)
     torch.testing.assert_close(again, record.states, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_negative_prompt_inversion_may_go_part_of_the_way_to_the_empty_prompt(tiny, batch):
+    """Along the sphere, all of a prompt's embedding as one vector; its resimulation is guided sampling under that."""
+    _, text, empty, schedule = batch
+    part, w, other = 0.3, 3.0, Npi(interpolation=0.3, guidance=3.0).invert(tiny, *batch)
+    for b in range(2):
+        s, e = text[b].flatten().double(), empty[b].flatten().double()
+        angle = torch.arccos(s @ e / (s.norm() * e.norm()))
+        null = (torch.sin((1 - part) * angle) * s + torch.sin(part * angle) * e) / torch.sin(angle)
+        torch.testing.assert_close(other.null[0, b].flatten().double(), null, rtol=1e-4, atol=1e-5)
+    again = retrace(tiny, other.states[0], text, other.null, schedule, w=w)
+    torch.testing.assert_close(again, other.states, rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        Npi(interpolation=0.0, guidance=w).invert(tiny, *batch).states, Npi().invert(tiny, *batch).states
+    )
+    torch.testing.assert_close(slerp(text, text, part), text)
+    with pytest.raises(InputError, match=r"interpolation=1.5: must be in \[0, 1\]"):
+        Npi(interpolation=1.5)
 
 
 def test_edit_friendly_states_are_the_picture_under_noises_of_their_own(tiny, batch):

@@ -10,7 +10,7 @@ import masafusion_lab
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
     "schedule fusion given sites attention residual words hub axes metrics ranks protocol region configfile",
-    "lockstep shared model loading network contrast taps encoders",
+    "lockstep shared model loading network contrast taps wordmaps encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking look heat maps watch figures explorer annotate",

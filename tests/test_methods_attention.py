@@ -13,6 +13,7 @@ from masafusion_lab.inversion import Ddim, Direct, Inversion
 from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 from tests import edits
+from tests.test_latent_methods import OURS
 
 NAMES = ("masafusion_no_adapter", "embctrl", "prompt_to_prompt", "plug_and_play", "masactrl", "t2i_only")
 SOURCE = ["a cat sitting on grass", "a red dog in snow"]
@@ -89,9 +90,17 @@ def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, recor
         torch.testing.assert_close(alone, both[-1].x["target"][b : b + 1], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_edit_runs_from_its_picture_to_its_folder(tiny_root, tmp_path, name):
-    words = ["batch=2", f"method.name={name}"]
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, "") for name in NAMES),
+        ("plug_and_play", "method.variant=original"),
+        ("plug_and_play", "method.negative=orange"),
+        ("masactrl", "method.variant=auto method.source_prompt=source method.auto_source=cat method.auto_target=dog"),
+    ],
+)
+def test_an_edit_runs_from_its_picture_to_its_folder(tiny_root, tmp_path, name, settings):
+    words = ["batch=2", f"method.name={name}", *settings.split()]
     cases = [edits.case("a"), edits.case("b", shift=3, target="a dog on grass")]
     folders = phases.edit(edits.lab(tiny_root, tmp_path / "store", *words), cases, tmp_path / "run")
     for folder in folders:
@@ -100,29 +109,18 @@ def test_an_edit_runs_from_its_picture_to_its_folder(tiny_root, tmp_path, name):
         assert result["rows"] > 0
 
 
-@pytest.mark.parametrize(
-    ("method", "rows"),
-    [
-        (METHODS["masafusion_no_adapter"](), 6 * 50),
-        (METHODS["masafusion_no_adapter"](use_mask=False), 4 * 50),
-        (METHODS["masafusion_no_adapter"](fuse_steps=(0, 20)), 6 * 20 + 2 * 30),
-        (METHODS["embctrl"](), 2 * 50),
-        (METHODS["prompt_to_prompt"](), 3 * 40 + 2 * 10),
-        (METHODS["prompt_to_prompt"](blend_source=("cat",), blend_target=("cat",)), 3 * 50),
-        (METHODS["plug_and_play"](), 3 * 40 + 2 * 10),
-        (METHODS["plug_and_play"](variant="original"), 6 * 41 + 4 * 9),
-        (METHODS["masactrl"](), 4 * 46 + 2 * 4),
-        (METHODS["t2i_only"](), 2 * 50),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_fifty_steps_cost_is_what_the_table_says(tiny, method, rows):
-    plan = method.plan(tiny.sites, 50)
-    assert sum(len(plan.rows(i)) for i in range(50)) == rows
+def test_outside_its_window_a_method_costs_less(tiny):
+    fused = METHODS["masafusion_no_adapter"](fuse_steps=(0, 20)).plan(tiny.sites, 50)
+    assert fused.cost(50) == 6 * 20 + 2 * 30
+    original = METHODS["plug_and_play"](variant="original", source_prompt="source").plan(tiny.sites, 50)
+    assert original.cost(50) == 5 * 41 + 3 * 9
 
 
 WORDS = {"blend_source": ("cat",), "blend_target": ("cat",)}
+AUTO = {"variant": "auto", "source_prompt": "source", "auto_source": ("cat",), "auto_target": ("cat",)}
 LIVE = {
+    "plain": {"guidance": ({}, 3.0), "null": ({}, "empty")},
+    "reconstruction": {"guidance": ({}, 3.0), "null": ({}, "empty")},
     "masafusion_no_adapter": {
         "guidance": ({}, 3.0),
         "fuse_steps": ({}, (0, 1)),
@@ -131,6 +129,7 @@ LIVE = {
         "source_null": ({}, "empty"),
         "preserve_null": ({}, "tuned"),
         "edit_null": ({}, "tuned"),
+        "init": ({}, "mixed"),
     },
     "embctrl": {
         "guidance": ({}, 3.0),
@@ -155,6 +154,7 @@ LIVE = {
         "blend_start": (WORDS | {"blend_threshold": 0.95}, 1.0),
         "blend_threshold": (WORDS, 0.95),
         "blend_resolution": (WORDS | {"blend_threshold": 0.95}, 32),
+        "blend_maps": (WORDS | {"blend_threshold": 0.9, "reweight": {"cat": -4.0}}, "own"),
     },
     "plug_and_play": {
         "guidance": ({}, 3.0),
@@ -177,6 +177,10 @@ LIVE = {
         "hint_scale": ({}, 0.3),
         "hint_until": ({}, 0.3),
         "hint_on_null": ({}, False),
+        "auto_source": (AUTO, ("grass",)),
+        "auto_target": (AUTO, ("red",)),
+        "auto_threshold": (AUTO, 0.6),
+        "auto_resolution": (AUTO, 32),
     },
     "t2i_only": {
         "guidance": ({}, 3.0),
@@ -196,7 +200,10 @@ def alike(case):
 
 
 def test_every_field_of_every_method_is_in_the_table_below():
-    assert {name: {f.name for f in fields(METHODS[name])} for name in NAMES} == {n: set(its) for n, its in LIVE.items()}
+    """But background, which changes the picture and not the latents."""
+    there = {name: {f.name for f in fields(METHODS[name])} - {"background"} for name in LIVE}
+    assert there == {name: set(its) for name, its in LIVE.items()}
+    assert {*LIVE, *OURS, "masafusion", "replay"} == set(METHODS)  # the record itself is all that replay gives
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, its in LIVE.items() for field in its])
@@ -208,6 +215,7 @@ def test_every_field_is_alive(alike, name, field):
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+MASK = {"variant": "auto", "source_prompt": "source", "auto_source": "cat", "auto_target": "dog"}
 REFUSED = [
     (
         "prompt_to_prompt",
@@ -235,6 +243,7 @@ REFUSED = [
     ("prompt_to_prompt", {"self_window": "[0,0.1]"}, {}, "holds none of the 3 steps"),
     ("prompt_to_prompt", {"self_window": "[0.6,0.2]"}, {}, "0 <= a <= b <= 1"),
     ("prompt_to_prompt", {"self_resolution": 8}, {}, "holds none of the 10 self-attention layers"),
+    ("masafusion_no_adapter", {"init": "mixed"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("embctrl", {"align": "positional"}, {}, "has 4 tokens and .* 5: no places in common"),
     ("plug_and_play", {"negative_fade": 0.5}, {}, "does nothing in method.variant=diffusers"),
     ("plug_and_play", {"feature_layers": 40}, {}, "layer 40 is not there"),
@@ -242,6 +251,13 @@ REFUSED = [
     ("masactrl", {"variant": "masked"}, {"mask": None}, "acts inside a region: give mask=FILE"),
     ("masactrl", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),
     ("masactrl", {"mutual_window": "[0.5,0.5]"}, {}, "holds none of the 3 steps"),
+    ("masactrl", MASK | {"auto_target": ""}, {}, "wants words of both prompts"),
+    ("masactrl", MASK | {"source_prompt": "empty"}, {}, "source_prompt=source"),
+    ("masactrl", {"auto_threshold": 0.2}, {}, "auto_threshold: does nothing in method.variant=plain"),
+    ("masactrl", MASK | {"auto_target": "hat"}, {}, "'hat' is no word of 'a red dog on grass'"),
+    ("masactrl", MASK | {"auto_resolution": 5}, {}, "auto_resolution=5: no layer has such maps"),
+    ("masactrl", MASK | {"mutual_layers": 0}, {}, "mutual_layers=0: all before the first look at words"),
+    ("t2i_only", {"hint_until": 1.5}, {}, r"\[0,1.5\] must be \[a,b\], fractions"),
     ("t2i_only", {}, {"hints": {}}, "follows a drawn condition: give sketch=FILE"),
 ]
 
@@ -277,6 +293,14 @@ def test_without_a_region_the_paper_fuses_everywhere(case):
     without, with_one = run(case, method, mask=None)[-1], run(case, method)[-1]
     assert (without.rows, with_one.rows) == (4 * T, 6 * T)
     assert torch.equal(without.x["target"], run(case, replace(method, use_mask=False))[-1].x["target"])
+
+
+def test_embctrl_says_where_nothing_ties_it_to_the_source(case, caplog):
+    run(case, METHODS["embctrl"](), tuned(case))
+    run(case, METHODS["embctrl"](offset_on_target=True))
+    assert not caplog.records
+    run(case, METHODS["embctrl"]())
+    assert "take inversion.name=null_text" in caplog.text
 
 
 def test_prompts_that_are_the_same_edit_nothing(case):

@@ -206,13 +206,13 @@ def prompt_to_prompt(one, mappers, *, cross, self_until, limit, self_from=0.0, w
 
     def attend(name, is_cross, q, k, v):
         p = softmax_qk(q, k)  # (4, heads, pixels, keys)
-        base, edited = p[2], p[3]
+        base, edited = p[2], p[3].clone()
         if is_cross:
             followed = (torch.einsum("hpw,wn->hpn", base, M) + edited * new) * equaliser
             a = alpha[now["i"]]
             p[3] = followed * a + (1 - a) * edited
             if name.startswith(COARSE):
-                store[name] = store.get(name, 0) + p[2:]
+                store[name] = store.get(name, 0) + (torch.stack([base, edited]) if (blend or {}).get("own") else p[2:])
         elif int(STEPS * self_from) <= now["i"] < int(STEPS * self_until) and not name.startswith(limit):
             p[3] = base
         return p @ v
@@ -302,20 +302,23 @@ def only(case, b):
     return alone
 
 
-@pytest.mark.parametrize("without", [False, True])
-def test_prompt_to_prompt_blends_where_the_words_are_looked_at(case, without):
+@pytest.mark.parametrize(("without", "maps"), [(False, "used"), (True, "used"), (True, "own")])
+def test_prompt_to_prompt_blends_where_the_words_are_looked_at(case, without, maps):
     case = make(case.model, STEPS, size=(16, 24))
     tokens, off = [[[2], [3]], [[3], [3, 4, 5, 6]]], [[[5], [6]], [[5], [8]]]
     words = [(("cat",), ("cat",), ("grass",)), (("dog",), ("horse",), ("snow",))]
     for b in range(2):
         source, target, no = words[b]
         method = PromptToPrompt(
-            blend_source=source, blend_target=target, blend_without=no if without else (), blend_threshold=0.95
+            blend_source=source,
+            blend_target=target,
+            blend_without=no if without else (),
+            blend_threshold=0.95,
+            blend_maps=maps,
         )
         got = run(only(case, b), method)[-1].x["target"]
-        blend = {"tokens": tokens[b], "start": int(0.2 * STEPS), "threshold": 0.95} | (
-            {"without": off[b]} if without else {}
-        )
+        blend = {"tokens": tokens[b], "start": int(0.2 * STEPS), "threshold": 0.95, "own": maps == "own"}
+        blend |= {"without": off[b]} if without else {}
         want = each(
             case,
             lambda one, blend=blend: prompt_to_prompt(
@@ -425,17 +428,29 @@ def test_plug_and_play_is_the_original(case, negative):
     assert_same(case, method, published)
 
 
-@pytest.mark.parametrize(("variant", "soft"), [("plain", 0), ("union", 0), ("masked", 0), ("masked", 1)])
+VARIANTS = [("plain", 0), ("union", 0), ("masked", 0), ("masked", 1), ("auto", 0)]
+
+
+@pytest.mark.parametrize(("variant", "soft"), VARIANTS)
 def test_masactrl_reads_keys_and_values_of_the_source(case, variant, soft):
     """Cao et al.: batch [source, target] of both halves of guidance; the adapter sees target rows alone."""
+    settings, tokens = {"variant": variant, "mutual_window": (0.5, 1)}, {2: [2], 3: [2, 3]}  # by row: cat; red, cat
+    if variant == "auto":
+        source, target = ["a cat on grass", "a cat in snow"], ["a red cat on grass", "a red cat in snow"]
+        case = make(case.model, STEPS, source=source, target=target, size=(16, 24))
+        settings |= {"source_prompt": "source", "auto_source": ("cat",), "auto_target": ("red", "cat")}
+        settings["auto_threshold"] = 0.2
     mask = case.given.mask * (0.4 if soft else 1)
 
     def published(one):
         prompts, now = one.given.prompts, {}
+        said = prompts["source" if variant == "auto" else "empty"]
         region = mask[one.b : one.b + 1]
 
         def attend(name, cross, q, k, v):
             out = own(name, cross, q, k, v)
+            if cross and name.startswith(COARSE):
+                now["maps"].append(softmax_qk(q, k).mean(1))
             if cross or now["i"] < 2 or not name.startswith(("up_blocks.1", "up_blocks.2")):
                 return out
             for row in (1, 3):
@@ -448,35 +463,43 @@ def test_masactrl_reads_keys_and_values_of_the_source(case, variant, soft):
                 else:
                     scale = (region.shape[-1] * region.shape[-2] / q.shape[2]) ** 0.5
                     size = [round(side / scale) for side in region.shape[-2:]]
-                    m = F.interpolate(region, size).flatten()
+                    m = F.interpolate(region, size).flatten() if variant == "masked" else found(2, size)
+                    n = m if variant == "masked" else found(3, size)
                     low = torch.finfo(torch.float32).min
                     background = softmax_qk(q[row], k[s], m.masked_fill(m == 1, low)) @ v[s]
                     thing = softmax_qk(q[row], k[s], m.masked_fill(m == 0, low)) @ v[s]
-                    out[row] = thing * m[:, None] + background * (1 - m[:, None])
+                    out[row] = thing * n[:, None] + background * (1 - n[:, None])
             return out
+
+        def found(row, size):
+            """In the step so far, where a row looks at its words by at least a fifth of the way to the most."""
+            looks = torch.stack(now["maps"]).mean(0)[row][:, tokens[row]].sum(-1)
+            looks = (looks - looks.min()) / (looks.max() - looks.min())
+            return (F.interpolate(looks.view(1, 1, one.x.shape[-2] // 4, -1), size).flatten() >= 0.2).float()
 
         x = one.states[0]
         with hooked(one.model.unet, attend) as unet:
             for i in range(STEPS):
-                now["i"] = i
+                now["i"], now["maps"] = i, []
                 s, null = one.states[i], prompts["empty"]
-                rows = [(s, null), (x, null), (s, null), (x, prompts["target"])]
+                rows = [(s, null), (x, null), (s, said), (x, prompts["target"])]
                 _, null_eps, _, text_eps = call(one, unet, i, rows, [False, True, False, True])
                 x = step(one, x, cfg(null_eps, text_eps), i)
         return x
 
-    assert_same(case, MasaCtrl(variant=variant, mutual_window=(0.5, 1)), published, mask=mask)
+    assert_same(case, MasaCtrl(**settings), published, mask=mask)
 
 
-def test_the_adapter_alone_is_guided_sampling_with_its_features(case):
+@pytest.mark.parametrize("until", [0.5, 0.3])
+def test_the_adapter_alone_is_guided_sampling_with_its_features(case, until):
     def published(one):
         x, prompts = one.x, one.given.prompts
         with hooked(one.model.unet, own) as unet:
             for i in range(STEPS):
-                seen = i < 2
+                seen = STEPS - 1 - i >= int((1 - until) * STEPS)  # as its sampler counts, from the last step
                 x = step(
                     one, x, cfg(*call(one, unet, i, [(x, prompts["empty"]), (x, prompts["target"])], [seen, seen])), i
                 )
         return x
 
-    assert_same(case, T2IOnly(hint_until=0.5), published)
+    assert_same(case, T2IOnly(hint_until=until), published)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,18 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Branch, Plan
+from masafusion_lab.fusion import Branch, Plan, Span
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, fresh, lockstep
-from masafusion_lab.methods.protocol import Needs, Source, inside, picture
+from masafusion_lab.lockstep import Course, State, fresh
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Blended:
+class Blended(Denoising):
     """Avrahami et al. 2023; the defaults are those of their code for Stable Diffusion."""
 
     guidance: float = 7.5
@@ -44,23 +43,15 @@ class Blended:
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """One branch, and a region."""
-        return Plan({"T": Branch("target", "target")}, {"target": "T"}, masked=True)
-
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
         if not (0 <= self.start < 1 and self.shrink >= 0):
             raise InputError(f"method.start={self.start:g}, shrink={self.shrink}: must be in [0, 1) and at least 0")
-        T, start = len(schedule), int(len(schedule) * self.start)
-        x0, mask = picture(model, given), inside(given)
+        run = Span(int(steps * self.start))
+        return Plan({"T": Branch("target", "target")}, {"target": "T"}, masked=True, run=run)
+
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        plan, T = self.plan(model.sites, len(schedule)), len(schedule)
+        x0, mask, start = picture(model, given), inside(given), plan.run.start
         masks = [F.max_pool2d(mask, 2 * k + 1, 1, k) for k in range(self.shrink, 0, -1)] + [mask]
         each = (T - start) // len(masks) + 1
 
@@ -69,14 +60,5 @@ class Blended:
             outside = x0 if level == T else schedule.diffuse(x0, fresh(given, f"outside {state.i}"), level)
             return {"target": A * state.x["target"] + (1 - A) * outside}
 
-        yield from lockstep(
-            model,
-            self.plan(model.sites, T),
-            {"target": x if self.init == "gauss" else schedule.diffuse(x0, x, start)},
-            given,
-            schedule=schedule,
-            w=self.guidance,
-            start=start,
-            taps=taps,
-            after=after,
-        )
+        begin = x if self.init == "gauss" else schedule.diffuse(x0, x, start)
+        return Course(plan, {"target": begin}, given, w=self.guidance, after=after)

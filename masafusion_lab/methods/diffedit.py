@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from masafusion_lab import contrast
-from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Branch, Plan, Sde
+from masafusion_lab.fusion import Branch, Plan, Sde, Span
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, fresh, lockstep
-from masafusion_lab.methods.protocol import Needs, Source, inside, picture
+from masafusion_lab.lockstep import Course, State, fresh
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Differing:
+class Differing(Denoising):
     """What both share: the region, and the guidance."""
 
     guidance: float = 7.5
@@ -38,13 +38,20 @@ class Differing:
     threshold: float = 3.0
     """A cell is inside if its difference is above half of this, times the picture's mean."""
 
-    def region(self, model: StableDiffusion, given: Given, x0: Tensor, schedule: Schedule) -> tuple[Tensor, int]:
-        """A (B, 1, h, w), and the UNet rows an image that finding it cost."""
+    def looking(self, steps: int) -> int:
+        """The UNet rows an image by which the region is found. Raises InputError for settings that cannot be."""
+        if self.mask == "given":
+            return 0
+        contrast.state(self.maps, self.map_strength, steps)
+        return contrast.rows(self.maps, self.guidance)
+
+    def region(self, model: StableDiffusion, given: Given, x0: Tensor, schedule: Schedule) -> Tensor:
+        """A (B, 1, h, w)."""
         if self.mask == "given":
             log.info("method.mask=given: maps, map_strength and threshold do not matter")
-            return inside(given), 0
+            return inside(given)
         how: Any = {"maps": self.maps, "strength": self.map_strength, "threshold": self.threshold, "w": self.guidance}
-        return contrast.region(model, given, x0, schedule=schedule, **how), contrast.ROWS * self.maps
+        return contrast.region(model, given, x0, schedule=schedule, **how)
 
 
 @dataclass(frozen=True)
@@ -63,38 +70,19 @@ class DiffEdit(Differing):
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """One branch."""
-        branch = Branch("target", "target", null=self.negative)
-        return Plan({"T": branch}, {"target": "T"}, masked=self.mask == "given")
+        branch, run = Branch("target", "target", null=self.negative), Span.last(self.strength, steps)
+        return Plan({"T": branch}, {"target": "T"}, masked=self.mask == "given", run=run, before=self.looking(steps))
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        start = schedule.start(self.strength)
-        A, rows = self.region(model, given, picture(model, given), schedule)
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        plan, x0 = self.plan(model.sites, len(schedule)), picture(model, given)
+        region = cache(lambda: self.region(model, given, x0, schedule))
 
         def after(state: State) -> Mapping[str, Tensor]:
-            return {"target": A * state.x["target"] + (1 - A) * source.states[state.i - self.lag]}
+            outside = source.states[state.i - self.lag]
+            return {"target": region() * state.x["target"] + (1 - region()) * outside}
 
-        for state in lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": source.states[start]},
-            given,
-            schedule=schedule,
-            w=self.guidance,
-            start=start,
-            taps=taps,
-            after=after,
-        ):
-            yield replace(state, rows=state.rows + rows)
+        return Course(plan, {"target": source.states[plan.run.start]}, given, w=self.guidance, after=after)
 
 
 @dataclass(frozen=True)
@@ -115,41 +103,21 @@ class SdeDiffEdit(Differing):
             {"target": "T"},
             sde={"target": Sde(1.0, like="S")},
             masked=self.mask == "given",
+            run=Span(max(Span.last(self.strength, steps).start - 1, 0), steps - 1),
+            before=self.looking(steps),
         )
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         x0 = picture(model, given)
-        A, rows = self.region(model, given, x0, schedule)
-        start = max(schedule.start(self.strength) - 1, 0)
-        cut = replace(schedule, timesteps=schedule.timesteps[:-1], abar=schedule.abar[:-1])
-        chain = [x0]
-        for i in range(len(cut) - 1, start - 1, -1):
-            chain.append(cut.renoise(chain[-1], fresh(given, f"chain {i}"), i))
-        states = torch.stack([*[chain[-1]] * start, *chain[::-1]])
+        region = cache(lambda: self.region(model, given, x0, schedule))
+        chain, begin = [x0], self.plan(model.sites, len(schedule)).run.start
+        for i in range(len(schedule) - 2, begin - 1, -1):
+            chain.append(schedule.renoise(chain[-1], fresh(given, f"chain {i}"), i))
+        states = torch.stack([*[chain[-1]] * begin, *chain[::-1], x0])
 
         def after(state: State) -> Mapping[str, Tensor]:
-            return {"target": A * state.x["target"] + (1 - A) * states[state.i]}
+            return {"target": region() * state.x["target"] + (1 - region()) * states[state.i]}
 
-        for state in lockstep(
-            model,
-            self.plan(model.sites, len(cut)),
-            {"target": states[start]},
-            given,
-            schedule=cut,
-            replay={"source": states},
-            w=self.guidance,
-            start=start,
-            taps=taps,
-            after=after,
-        ):
-            yield replace(state, rows=state.rows + rows)
+        plan, start = self.plan(model.sites, len(schedule)), {"target": states[begin]}
+        return Course(plan, start, given, {"source": states}, self.guidance, after)

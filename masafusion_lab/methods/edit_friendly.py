@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan, Sde, Span
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class NoiseMaps:
+class NoiseMaps(Denoising):
     """Edit-friendly DDPM editing (Huberman-Spiegelglas et al. 2024), for inversion.name=edit_friendly.
 
     With another inversion and eta=0 it is direct inversion whose offsets are added to the target too.
@@ -36,34 +35,17 @@ class NoiseMaps:
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The source, which is replayed, and the target; the last step adds nothing, as published."""
+        if not 0 <= self.start < 1:
+            raise InputError(f"method.start={self.start:g}: must be in [0, 1)")
         return Plan(
             {"S": Branch("source", "source", w=self.source_guidance), "T": Branch("target", "target")},
             {"target": "T"},
             sde={"target": Sde(self.eta, like="S", steps=Span(0, steps - 1))},
+            run=Span(int(steps * self.start)),
         )
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        if not 0 <= self.start < 1:
-            raise InputError(f"method.start={self.start:g}: must be in [0, 1)")
-        start = int(len(schedule) * self.start)
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": source.states[start]},
-            given,
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            start=start,
-            taps=taps,
-        )
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        plan = self.plan(model.sites, len(schedule))
+        start = {"target": source.states[plan.run.start]}
+        return Course(plan, start, given, {"source": source.states}, self.guidance)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,18 +11,19 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import words
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course, State
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class EmbCtrl:
+class EmbCtrl(Denoising):
     """Settings of Algorithm 4, for edits that keep shapes; made for null-text inversion."""
 
     guidance: float = 7.5
@@ -57,30 +59,17 @@ class EmbCtrl:
         again = Branch("again", "source", null=self.null)
         return Plan({"S": again, "T": target}, {"again": "S", "target": "T"})
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        if source.null is None and not self.offset_on_target:
+            log.warning("nothing ties EmbCtrl's target to the source but x_T; take inversion.name=null_text or npi")
+        known, start = source.states, {"target": source.states[0]}
 
         def after(state: State) -> dict[str, Tensor]:
-            known = source.states[state.i]
-            return {"again": known, "target": state.x["target"] + known - state.x["again"]}
+            again = known[state.i]
+            return {"again": again, "target": state.x["target"] + again - state.x["again"]}
 
-        start = {"target": source.states[0]} | ({"again": source.states[0]} if self.offset_on_target else {})
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            start,
-            self.prepare(model, given, schedule),
-            schedule=schedule,
-            w=self.guidance,
-            taps=taps,
-            after=after if self.offset_on_target else None,
-        )
+        if self.offset_on_target:
+            start["again"] = known[0]
+        plan, given = self.plan(model.sites, len(schedule)), self.prepare(model, given, schedule)
+        return Course(plan, start, given, w=self.guidance, after=after if self.offset_on_target else None)

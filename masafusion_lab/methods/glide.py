@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,18 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Needs, Source, inside, picture
+from masafusion_lab.lockstep import Course, State
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Glide:
+class Glide(Denoising):
     """GLIDE's rule on latents: with any model, or with a network that was trained to fill regions."""
 
     backend: Literal["x0_replace", "inpaint", "glide"] = "x0_replace"
@@ -51,17 +50,8 @@ class Glide:
         branch = Branch("target", "target", extra="known" if self.backend == "inpaint" else None)
         return Plan({"T": branch}, {"target": "T"}, masked=True)
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         A, x0 = inside(given), picture(model, given)
         after = None
         if self.backend == "inpaint":
@@ -74,16 +64,7 @@ class Glide:
                 outside = x0 if state.i == len(schedule) else schedule.diffuse(x0, n, state.i)
                 return {"target": A * state.x["target"] + (1 - A) * outside}
 
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": x},
-            given,
-            schedule=schedule,
-            w=self.guidance,
-            taps=taps,
-            after=after,
-        )
+        return Course(self.plan(model.sites, len(schedule)), {"target": x}, given, w=self.guidance, after=after)
 
 
 def known(model: StableDiffusion, given: Given, A: Tensor) -> Tensor:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan, Sde, Span, Weighted
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Needs, Source, picture
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class InstructPix2Pix:
+class InstructPix2Pix(Denoising):
     """InstructPix2Pix (Brooks et al. 2023), with its published settings; they are for steps=100."""
 
     needs: ClassVar[Needs] = Needs(inversion=False, network="instruct", instruction=True)
@@ -36,29 +35,19 @@ class InstructPix2Pix:
         s_T, s_I = self.guidance, self.image_guidance
         return Plan(
             {
-                "both": Branch("target", "instruction", extra="picture"),
-                "image": Branch("target", "empty", extra="picture"),
-                "none": Branch("target", "empty", extra="nothing"),
+                "both": Branch("target", "instruction", w=1, extra="picture"),
+                "image": Branch("target", "empty", w=1, extra="picture"),
+                "none": Branch("target", "empty", w=1, extra="nothing"),
             },
             {"target": Weighted({"none": 1 - s_I, "image": s_I - s_T, "both": s_T})},
             sde={"target": Sde(self.eta, steps=Span(0, steps - 1))} if self.eta else {},
         )
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         latents = picture(model, given) / model.vae.config.scaling_factor  # as it was trained: not scaled
         given = replace(given, extra={"picture": latents, "nothing": torch.zeros_like(latents)})
-        plan = self.plan(model.sites, len(schedule))
-        yield from lockstep(model, plan, {"target": x}, given, schedule=schedule, w=1, taps=taps)
+        return Course(self.plan(model.sites, len(schedule)), {"target": x}, given)
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Shareable, Source
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MaSaFusionNoAdapter(Shareable):
+class MaSaFusionNoAdapter(Denoising):
     """Settings of Algorithm 5; no drawn condition, and no need of a region."""
 
     guidance: float = 7.5
@@ -35,6 +36,16 @@ class MaSaFusionNoAdapter(Shareable):
     """Null embedding of the prediction outside A."""
     edit_null: Literal["empty", "tuned"] = "empty"
     """Null embedding of the prediction under the target prompt."""
+    init: Literal["source", "mixed", "gauss"] = "source"
+    """x_T of the target: x_T^S (line 5), x inside A and x_T^S outside as in Algorithm 1, or the Gaussian x."""
+
+    background: Literal["none", "paste"] = "none"
+    """What becomes of the decoded picture outside a region: it is left, or the source's pixels are put there."""
+
+    @property
+    def needs(self) -> Needs:
+        """An inversion."""
+        return Needs(paste=self.background == "paste")
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """The branches of Algorithm 5 for a model with these attention layers."""
@@ -48,9 +59,13 @@ class MaSaFusionNoAdapter(Shareable):
                 "T_in": Branch("target", "target", null=self.edit_null, take=edit),  # (13)
             },
             {"target": Masked("T_in", "T_out", when, optional=True) if self.use_mask else "T_in"},  # (14)
+            masked=self.init == "mixed",
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Shareable`."""
+        """The edit as data; see `Denoising`."""
         plan = self.plan(model.sites, len(schedule))
-        return Course(plan, {"target": source.states[0]}, given, {"source": source.states}, self.guidance)
+        x_T = {"source": source.states[0], "gauss": x}
+        if self.init == "mixed":
+            x_T["mixed"] = torch.where(inside(given) > 0, x, source.states[0])
+        return Course(plan, {"target": x_T[self.init]}, given, {"source": source.states}, self.guidance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,13 +11,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Shareable, Source
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Plain(Shareable):
+class Plain(Denoising):
     """Denoise x_T^S under the target prompt, nothing fused: plain inversion editing."""
 
     guidance: float = 7.5
@@ -26,9 +28,13 @@ class Plain(Shareable):
 
     prompt = "target"
 
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """One branch."""
+        return Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
+
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Shareable`."""
-        plan = Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
+        """The edit as data; see `Denoising`."""
+        plan = self.plan(model.sites, len(schedule))
         return Course(plan, {"target": source.states[0]}, given, w=self.guidance)
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Weighted
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class PlugAndPlay:
+class PlugAndPlay(Denoising):
     """Settings of pnp-diffusers, or of the original code."""
 
     guidance: float = 7.5
@@ -56,18 +55,25 @@ class PlugAndPlay:
             when = Span(0, (span.stop or 0) + original)
             return Take(q, q, v, when, layers(where, sites), from_text=not original)
 
-        qk = take("S", None, self.qk_until, self.qk_layers)
-        feature = take(None, "S", self.feature_until, self.feature_layers)
-        null = "negative" if self.negative and not original else "empty"
-        branches = {
-            "S": Branch("source", self.source_prompt),
-            "T": Branch("target", "target", null=null, take=qk, feature=feature),
-        }
+        def reading(source: str) -> dict[str, Any]:
+            qk = take(source, None, self.qk_until, self.qk_layers)
+            return {"take": qk, "feature": take(None, source, self.feature_until, self.feature_layers)}
+
+        S = Branch("source", self.source_prompt)
         if not original:
-            return Plan(branches, {"target": "T"})
-        share = tuple(self.negative_fade * (1 - i / max(1, steps - 1)) for i in range(steps))
-        against = Branch("target", "target", null="negative", take=qk, feature=feature)
-        return Plan({**branches, "N": against}, {"target": Weighted({"T": share, "N": [1 - a for a in share]})})
+            null = "negative" if self.negative else "empty"
+            return Plan({"S": S, "T": Branch("target", "target", null=null, **reading("S"))}, {"target": "T"})
+        w, unsaid = self.guidance, "S" if self.source_prompt == "empty" else "S_empty"  # which the null rows read
+        share = [self.negative_fade * (1 - i / max(1, steps - 1)) for i in range(steps)]
+        rows = {  # a row each, since (3) is under two null prompts
+            "S": replace(S, w=1),
+            unsaid: Branch("source", "empty", w=1),
+            "T": Branch("target", "target", w=1, **reading("S")),
+            "T_empty": Branch("target", "empty", w=1, **reading(unsaid)),
+            "T_negative": Branch("target", "negative", w=1, **reading(unsaid)),
+        }
+        against = {"T_empty": [(1 - w) * a for a in share], "T_negative": [(1 - w) * (1 - a) for a in share]}
+        return Plan(rows, {"target": Weighted({"T": w, **against})})
 
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
         """The batch with the embeddings of the negative prompt."""
@@ -75,24 +81,7 @@ class PlugAndPlay:
         negative = model.embed([self.negative]).expand_as(source) if self.negative else source
         return replace(given, prompts={**given.prompts, "negative": negative})
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": source.states[0]},
-            self.prepare(model, given, schedule),
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            taps=taps,
-        )
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        plan, given = self.plan(model.sites, len(schedule)), self.prepare(model, given, schedule)
+        return Course(plan, {"target": source.states[0]}, given, {"source": source.states}, self.guidance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -11,21 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError, words
-from masafusion_lab.attention import Sight, Tap
-from masafusion_lab.fusion import Branch, Plan, Row, Span, Take, Words
+from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
 from masafusion_lab.given import Follow, Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course, State
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
-
-CELLS = 64
-"""Side of Stable Diffusion's latents, by which published resolutions are counted."""
+from masafusion_lab.wordmaps import CELLS, WordMaps, first_maps
 
 
 @dataclass(frozen=True)
-class PromptToPrompt:
+class PromptToPrompt(Denoising):
     """Settings as in its notebook for real pictures; resolutions as on latents of 64 x 64, on others in proportion."""
 
     guidance: float = 7.5
@@ -59,6 +56,9 @@ class PromptToPrompt:
     """Attention to those words, of its maximum, from which a pixel is theirs."""
     blend_resolution: int = 16
     """Side of the maps in which that is looked up, of 64."""
+    blend_maps: Literal["used", "own"] = "used"
+    """Which maps of the target: those that it used, after they followed the source's, as the published code does, or
+    those that it would have had alone."""
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """Source and target for a model with these attention layers, in `steps` steps."""
@@ -70,8 +70,7 @@ class PromptToPrompt:
             follow = Words("S", Span(min(s.start for s in spans), max(s.stop or 0 for s in spans)))
         if self.blends:
             follow = Words("S")  # in every step: its maps are looked at
-            if not any(site.cross and 2**site.level * self.blend_resolution == CELLS for site in sites):
-                raise InputError(f"method.blend_resolution={self.blend_resolution}: no layer has such maps; take 16")
+            first_maps(sites, self.blend_resolution, "method.blend_resolution")
         target = Branch("target", "target", null=self.null, take=take, words=follow)
         return Plan({"S": Branch("source", "source"), "T": target}, {"target": "T"})
 
@@ -115,70 +114,47 @@ class PromptToPrompt:
 
         on = torch.stack([marks("source", self.blend_source), marks("target", self.blend_target)])
         off = torch.stack([marks("source", self.blend_without, strict=False), marks("target", self.blend_without)])
-        return LocalBlend(on, off, self.blend_resolution, int(self.blend_start * steps), self.blend_threshold)
+        seen = WordMaps(self.blend_resolution, own=self.blend_maps == "own")
+        return LocalBlend(seen, on, off, int(self.blend_start * steps), self.blend_threshold)
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         blend = self.blend(model, given, len(schedule))
-        yield from lockstep(
-            model,
+        return Course(
             self.plan(model.sites, len(schedule)),
             {"target": source.states[0]},
             self.prepare(model, given, schedule),
-            schedule=schedule,
-            replay={"source": source.states},
-            w=self.guidance,
-            taps=(*taps, blend) if blend else taps,
-            after=blend,
+            {"source": source.states},
+            self.guidance,
+            blend,
+            [blend.seen] if blend else [],
         )
 
 
+@dataclass(frozen=True)
 class LocalBlend:
-    """Puts the source back where the words are not looked at: a tap that adds up maps, and is asked after each step.
+    """Puts the source back where the words are not looked at: asked after each step.
 
     `on`, `off` (2, B, n): 1 at the tokens of the words where the target may and may not differ, of source and target.
-    The target's maps are those that it used, after they followed the source's, as in the published code.
     """
 
-    own = False
-
-    def __init__(self, on: Tensor, off: Tensor, resolution: int, start: int, threshold: float) -> None:
-        self.on, self.off = on, off
-        self.resolution, self.start, self.threshold = resolution, start, threshold
-        self.maps: Tensor | None = None
-
-    def wants(self, site: Site, i: int, row: Row) -> bool:
-        """Cross-attention of one resolution, of source and target."""
-        return site.cross and 2**site.level * self.resolution == CELLS and row in (("S", "text"), ("T", "text"))
-
-    def see(self, sight: Sight) -> None:
-        """Add to the maps (2, B, h, w, n) of source and target."""
-        p = torch.stack([sight.p["S", "text"], sight.p["T", "text"]]).sum(2)
-        if self.maps is None:
-            self.maps = p.new_zeros(*p.shape[:2], *sight.grid, p.shape[-1])
-        self.maps.flatten(2, 3)[:, :, sight.first : sight.first + p.shape[2]] += p
+    seen: WordMaps
+    on: Tensor
+    off: Tensor
+    start: int
+    threshold: float
 
     def __call__(self, state: State) -> dict[str, Tensor]:
         """The target with the source in the pixels of neither prompt's words."""
         if state.i <= self.start:
             return {}
-        maps, source, target = self.maps, state.x["source"], state.x["target"]
-        assert maps is not None, "plan() refuses a resolution that no layer has"
+        source, target = state.x["source"], state.x["target"]
         height, width = target.shape[-2:]
 
-        def pixels(words: Tensor, reach: int) -> Tensor:
+        def pixels(marks: Tensor, reach: int) -> Tensor:
             """Where either prompt's words are looked at, (B, 1, h, w), and as many cells around it."""
-            looks = (maps * words[:, :, None, None]).sum(-1)
-            looks = F.interpolate(F.max_pool2d(looks, 2 * reach + 1, 1, reach), (height, width))
+            looks = F.max_pool2d(self.seen.at(marks), 2 * reach + 1, 1, reach)
+            looks = F.interpolate(looks, (height, width))
             return (looks > self.threshold * looks.amax((-2, -1), keepdim=True)).any(0)[:, None]
 
         return {"target": torch.where(pixels(self.on, 1) & ~pixels(self.off, 0), target, source)}

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import NO_REGION
+from masafusion_lab.fusion import NO_REGION, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.sites import Site
 
 
 class Source(Protocol):
@@ -81,8 +82,12 @@ class Method(Protocol):
         ...
 
 
-class Shareable:
-    """A method whose call is one `lockstep` and no more, which it gives as data: a sweep can share its rows."""
+class Denoising:
+    """A method whose call is one `lockstep`, which it gives as data: a sweep can share its rows with others."""
+
+    def plan(self, sites: Sequence[Site], steps: int) -> Plan:
+        """Its branches, for a model with these attention layers, in `steps` steps."""
+        raise NotImplementedError
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """What its call gives `lockstep`."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replay(Denoising):
     """Ask the UNet about every state of the record, under the source prompt; the target is the source."""
 
     guidance: float = 1.0
@@ -28,17 +27,7 @@ class Replay:
         """The source branch alone."""
         return Plan({"S": Branch("source", "source", null="tuned")}, {"source": "S"})
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Replay; see `Method`."""
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
         plan, record = self.plan(model.sites, len(schedule)), {"source": source.states}
-        for state in lockstep(model, plan, {}, given, schedule=schedule, replay=record, w=self.guidance, taps=taps):
-            yield replace(state, x={**state.x, "target": state.x["source"]})
+        return Course(plan, {}, given, record, self.guidance, after=lambda state: {"target": state.x["source"]})

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
-from masafusion_lab.fusion import Branch, Plan
+from masafusion_lab.fusion import Branch, Plan, Span
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Needs, Source, picture
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Needs, Source, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class SDEdit:
+class SDEdit(Denoising):
     """The settings are those of diffusers' image-to-image pipeline."""
 
     needs: ClassVar[Needs] = Needs(inversion=False)
@@ -30,27 +29,10 @@ class SDEdit:
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """One branch."""
-        return Plan({"T": Branch("target", "target")}, {"target": "T"})
+        return Plan({"T": Branch("target", "target")}, {"target": "T"}, run=Span.last(self.strength, steps))
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        start = schedule.start(self.strength)
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": schedule.diffuse(picture(model, given), x, start)},
-            given,
-            schedule=schedule,
-            w=self.guidance,
-            start=start,
-            taps=taps,
-        )
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        plan = self.plan(model.sites, len(schedule))
+        start = schedule.diffuse(picture(model, given), x, plan.run.start)
+        return Course(plan, {"target": start}, given, w=self.guidance)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from masafusion_lab.attention import Tap
 from masafusion_lab.fusion import Branch, Hint, Plan
 from masafusion_lab.given import Given
-from masafusion_lab.lockstep import State, lockstep
-from masafusion_lab.methods.protocol import Source
+from masafusion_lab.lockstep import Course
+from masafusion_lab.methods.protocol import Denoising, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class T2IOnly:
+class T2IOnly(Denoising):
     """Generate from Gaussian noise along the drawn condition, Figure 14's last column."""
 
     guidance: float = 7.5
@@ -35,23 +34,6 @@ class T2IOnly:
         hint = Hint.first(self.hint_until, steps, on_null=self.hint_on_null, scale=self.hint_scale)
         return Plan({"T": Branch("target", "target", hint)}, {"target": "T"})
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; see `Method`."""
-        yield from lockstep(
-            model,
-            self.plan(model.sites, len(schedule)),
-            {"target": x},
-            given,
-            schedule=schedule,
-            w=self.guidance,
-            taps=taps,
-        )
+    def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
+        """The edit as data; see `Denoising`."""
+        return Course(self.plan(model.sites, len(schedule)), {"target": x}, given, w=self.guidance)
