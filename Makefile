@@ -18,8 +18,8 @@ test:           ## the fast tests, under six minutes on two cores
 slow:           ## the slow tests: trained weights, kill loops, the SD-1.4-shaped model
 	.venv/bin/pytest -m slow -o timeout=1800
 
-test-app:       ## the annotation lab in Chromium, attacked, and killed
-	.venv/bin/pytest -m slow -o timeout=600 tests/test_app_browser.py tests/test_app_wire.py
+test-app:       ## the annotation lab in Chromium, attacked, and killed; the explorer in Chromium
+	.venv/bin/pytest -m slow -o timeout=600 tests/test_app_browser.py tests/test_app_wire.py tests/test_explorer.py
 
 lint:           ## ruff, formatting, types
 	.venv/bin/ruff check .

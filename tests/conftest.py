@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import socket
 from importlib.util import find_spec
@@ -82,3 +83,34 @@ def studio(tmp_path, tiny_root):
     made = Studio(request.read(words, []), words, [], tmp_path / "kept")
     yield made
     made.desk.close()
+
+
+@pytest.fixture
+def chromium():
+    """A page in the machine's Chromium. At the end nothing went wrong on it, and it asked for nothing outside."""
+    sync = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install -e '.[dev]'")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    sync.expect.set_options(timeout=60_000)
+    errors, asked = [], []
+
+    def refuse(dialog):
+        errors.append(dialog.message)
+        dialog.dismiss()
+
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.on("dialog", refuse)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("websocket", lambda socket: asked.append(socket.url))
+        yield page
+        browser.close()
+    assert errors == []
+    assert [
+        url for url in asked if not url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:", "about:"))
+    ] == []
