@@ -28,7 +28,7 @@ def page(attention):
 
 @pytest.fixture
 def shown(page, chromium, tmp_path):
-    """What elements of the page say in Chromium, when it was opened at a hash and some keys were pressed on an element."""
+    """What elements of the page say in Chromium, once opened at a hash, and some keys pressed on an element."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
 
