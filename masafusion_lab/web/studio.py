@@ -20,8 +20,8 @@ from PIL import Image
 
 from masafusion_lab import InputError, config, request
 from masafusion_lab.annotate import pieces, seen
+from masafusion_lab.data.case import HINTS
 from masafusion_lab.data.pictures import open_picture
-from masafusion_lab.hints import HINTS
 from masafusion_lab.runs import read_json, replacing, write_picture
 from masafusion_lab.web.desk import Desk, Job
 
