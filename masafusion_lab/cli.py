@@ -121,7 +121,8 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
     lab = phases.build(experiment, track=bar)
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         if experiment.launch.by != "here":
-            launch("invert", folder, experiment.launch, experiment.model.device)
+            lab.model.rest()
+            launch("invert", folder, experiment.launch, experiment.model.device, items=len(cases), track=bar)
         for case, _, found in phases.invert(lab, cases, loggers=loggers):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
@@ -172,7 +173,8 @@ def bench(
         if experiment.launch.by == "here":
             benches.edit(benchmark, track=bar)
         else:
-            launch("bench", folder, experiment.launch, experiment.model.device)
+            items = len(list(benchmark.parts()))
+            launch("bench", folder, experiment.launch, experiment.model.device, items=items, track=bar)
         failed = publish.print_scores(experiment, benchmark)
     if failed:
         raise typer.Exit(1)
