@@ -16,6 +16,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,10 +121,10 @@ def workers(steps: int, grid: int, number: int, folder: Path, words: Sequence[st
     apart = [replace(worker, folder=str(prepared(half, f"half-{n}")))
              for n, (worker, half) in enumerate(zip(two, halves, strict=True))]  # fmt: skip
     start = time.perf_counter()
-    for process in [launch.start(worker, n, Path(worker.folder)) for n, worker in enumerate(apart)]:
+    for process in [launch.start(worker) for worker in apart]:
         process.wait()
     in_halves, start = time.perf_counter() - start, time.perf_counter()
-    launch.local(two, how, folder / "two")
+    deque(launch.local(two, how, folder / "two"), 0)
     efficiency = in_halves / (time.perf_counter() - start)
     place, started, start_of = prepared(every, "killed"), list[Any](), launch.start
 
@@ -135,7 +136,7 @@ def workers(steps: int, grid: int, number: int, folder: Path, words: Sequence[st
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     launch.start = lambda *its: started.append(start_of(*its)) or started[-1]  # type: ignore[func-returns-value]
-    launch.local([replace(worker, folder=str(place)) for worker in two], how, place)
+    deque(launch.local([replace(worker, folder=str(place)) for worker in two], how, place), 0)
     launch.start = start_of
     made = [{p.relative_to(folder / out): p.read_bytes() for p in (folder / out).rglob("target.png")}
             for out in ("one", "two", "killed")]  # fmt: skip

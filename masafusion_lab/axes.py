@@ -35,6 +35,10 @@ class Sweep:
     """What is best: a measure, or of two the trade-off, as done or psnr_area,clip_t; empty: of kept against edited."""
 
 
+AGAIN = 3
+"""Times that a worker which died is started again."""
+
+
 @dataclass
 class Launch:
     """Who runs the items of a benchmark, a sweep or an inversion."""
@@ -42,7 +46,9 @@ class Launch:
     by: Literal["here", "local", "ray", "submitit"] = "here"
     """here: this process; local: processes on this machine; ray: a Ray cluster; submitit: a SLURM array."""
     workers: int = 0
-    """How many; 0: one a device."""
+    """How many; 0: one a device of this machine, of a cluster one."""
+    cpus: int = 0
+    """Cores, and threads, of each; 0: this machine's, which those on it share."""
     address: str = ""
     """Of the Ray cluster; empty: one of this machine's own."""
     partition: str = ""

@@ -132,7 +132,8 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
 
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         if experiment.launch.by != "here":
-            launch("invert", folder, experiment.launch, experiment.model.device)
+            lab.model.rest()
+            launch("invert", folder, experiment.launch, experiment.model.device, items=len(cases), track=bar)
         for case, _, found in phases.invert(lab, cases, loggers=loggers, lost=told if len(cases) > 1 else None):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
@@ -186,7 +187,8 @@ def bench(
         if experiment.launch.by == "here":
             benches.edit(benchmark, track=bar)
         else:
-            launch("bench", folder, experiment.launch, experiment.model.device)
+            items = len(list(benchmark.parts()))
+            launch("bench", folder, experiment.launch, experiment.model.device, items=items, track=bar)
         failed = publish.print_scores(experiment, benchmark)
     if failed:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Past one process: workers that each take the next unfinished item, and who starts them: this machine, Ray, SLURM.
+"""Past one process: workers that each take the next unfinished item, as processes of this machine or of clusters.
 
 A worker is a process of its own, with a model of its own. An item is claimed by a lock that dies with its process, so
 what a worker leaves undone another takes up; results are written whole, where those of one process would be.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from filelock import FileLock, Timeout
 
 from masafusion_lab import InputError, interrupt
-from masafusion_lab.axes import Launch
+from masafusion_lab.axes import AGAIN, Launch
+from masafusion_lab.clusters import by_ray, by_submitit
+from masafusion_lab.inversion import Track, silent
 
 if TYPE_CHECKING:
     from masafusion_lab.data.case import Case
@@ -31,34 +34,46 @@ log = logging.getLogger(__name__)
 
 Task: TypeAlias = Literal["bench", "sweep", "invert"]
 
-AGAIN = 3
-"""Times that a worker which died is started again."""
+SPOKEN = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""What a line of a worker's log says."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker is told: the task, the run folder whose config.yaml it reads, its device, and its threads."""
+    """What a worker is told: the task, the run folder whose config.yaml it reads, its device, threads and number."""
 
     task: Task
     folder: str
     device: str
     threads: int
+    n: int = 0
 
     def __call__(self) -> None:
         """Take the next item that nobody has, until all are settled."""
         import torch
 
+        logging.basicConfig(filename=self.log, level=logging.INFO, format=SPOKEN)
         torch.set_num_threads(self.threads)
         waiting = dict(TASKS[self.task](Path(self.folder), self.device))
+        claims = Path(self.folder) / "claims"
+        log.info("worker %d begins, process %d: %d items", self.n, os.getpid(), len(waiting))
         while waiting:
             before = len(waiting)
             for name in list(waiting):
-                with claimed(Path(self.folder) / "claims" / f"{name}.lock") as mine:
+                with claimed(claims / f"{name}.lock") as mine:
                     if mine:
-                        waiting.pop(name)()
+                        run, mark = waiting.pop(name), settled(self.folder) / name
+                        if not mark.exists():
+                            run()
+                            mark.touch()
                 interrupt.check()
             if len(waiting) == before:
                 time.sleep(0.2)  # others are at them, and may die
+
+    @property
+    def log(self) -> Path:
+        """The file that its words go to."""
+        return Path(self.folder) / f"worker-{self.n}.log"
 
     def checkpoint(self, *args: Any, **options: Any) -> Any:
         """What submitit queues when the job is preempted or out of time: the same."""
@@ -129,28 +144,46 @@ def claimed(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def launch(task: Task, folder: Path, how: Launch, device: str = "auto") -> None:
-    """Run the items of a run folder by several workers. Raises InputError if a launcher is not installed.
+def settled(folder: Path | str) -> Path:
+    """The folder with an empty file for each item that the workers of a launch have settled."""
+    place = Path(folder) / "claims" / "settled"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def launch(
+    task: Task, folder: Path, how: Launch, device: str = "auto", *, items: int = 0, track: Track = silent
+) -> None:
+    """Run the items of a run folder, so many, by several workers. Raises InputError if a launcher is not installed.
 
     Whether all was done is for the caller to see: workers may have died.
     """
-    LAUNCHERS[how.by](workers(task, folder, how, device), how, folder)
+    shutil.rmtree(settled(folder))
+    them = workers(task, folder, how, device)
+    with closing(LAUNCHERS[how.by](them, how, folder)) as looks:
+        for n in track(range(items), f"{task}: launch.by={how.by}, {len(them)} workers"):
+            for _ in looks:
+                interrupt.check()
+                if len(os.listdir(settled(folder))) > n:
+                    break
+        for _ in looks:
+            interrupt.check()
 
 
 def workers(task: Task, folder: Path, how: Launch, device: str) -> list[Worker]:
     """One for each device, or as many as are asked for, which share the devices and the cores."""
     import torch
 
-    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if device == "auto" else []
-    if how.by in ("ray", "submitit"):
-        gpus = [device]  # of another machine: it sees for itself
+    away = how.by in ("ray", "submitit")  # another machine, which sees for itself what it has
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if device == "auto" and not away else []
     devices = gpus or [device]
-    count = how.workers or len(devices)
-    threads = torch.get_num_threads() if how.by in ("ray", "submitit") else max(1, torch.get_num_threads() // count)
-    return [Worker(task, str(Path(folder).absolute()), devices[n % len(devices)], threads) for n in range(count)]
+    count, cores = how.workers or len(devices), torch.get_num_threads()
+    share = cores if how.by == "submitit" or how.address else max(1, cores // count)
+    place = str(Path(folder).absolute())
+    return [Worker(task, place, devices[n % len(devices)], how.cpus or share, n) for n in range(count)]
 
 
-def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
+def local(them: Sequence[Worker], how: Launch, folder: Path) -> Generator[None, None, None]:
     """Workers as processes of this machine; one that dies is started again, but not for what cannot be used."""
     running: dict[int, subprocess.Popen[str]] = {}
     left = dict.fromkeys(range(len(them)), 1 + AGAIN)
@@ -161,17 +194,17 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
                     continue
                 if n in running and running[n].returncode in (0, 2):
                     if running[n].returncode:
-                        log.warning("worker %d cannot go on; why is the last line of worker-%d.log", n, n)
+                        log.warning("worker %d cannot go on; why is the last line of %s", n, them[n].log.name)
                     del left[n]
                     continue
                 if n in running:
-                    log.warning("worker %d died (%s); its log is worker-%d.log", n, running[n].returncode, n)
+                    log.warning("worker %d died (%s); its log is %s", n, running[n].returncode, them[n].log.name)
                 if left[n] == 0:
                     del left[n]
                     continue
                 left[n] -= 1
-                running[n] = start(them[n], n, folder)
-            interrupt.check()
+                running[n] = start(them[n])
+            yield
             time.sleep(0.05)
     finally:
         for process in running.values():
@@ -180,71 +213,25 @@ def local(them: Sequence[Worker], how: Launch, folder: Path) -> None:
             process.wait()
 
 
-def start(worker: Worker, n: int, folder: Path) -> subprocess.Popen[str]:
+def start(worker: Worker) -> subprocess.Popen[str]:
     """A worker's process, whose words go to a file of its own."""
     threads = {name: str(worker.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    with open(Path(folder) / f"worker-{n}.log", "a", encoding="utf-8") as file:
+    with open(worker.log, "a", encoding="utf-8") as file:
         command = [sys.executable, "-m", "masafusion_lab.launch", json.dumps(asdict(worker))]
         return subprocess.Popen(command, env=os.environ | threads, stdout=file, stderr=file, text=True)
 
 
-def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> None:
-    """Workers as Ray tasks, of a cluster that sees the same folders, or of one on this machine."""
-    try:
-        import ray
-    except ImportError:
-        raise InputError("launch.by=ray: Ray is not installed; pip install 'masafusion-lab[ray]'") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    ray.init(log_to_driver=False, **({"address": how.address} if how.address else own))
-    try:
-        gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=AGAIN)(work)
-        for done in [task.remote(worker) for worker in them]:
-            try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                log.warning("a worker died: %s", str(error).splitlines()[-1])
-    finally:
-        ray.shutdown()
-
-
-def work(worker: Worker) -> None:
-    """Be the worker: what Ray is given, which wants a function."""
-    worker()
-
-
-def by_submitit(them: Sequence[Worker], how: Launch, folder: Path) -> None:
-    """Workers as an array of SLURM jobs, queued again when they are preempted; waits for them."""
-    try:
-        import submitit
-    except ImportError:
-        raise InputError("launch.by=submitit: it is not installed; pip install 'masafusion-lab[submitit]'") from None
-    executor = submitit.AutoExecutor(folder=str(Path(folder) / "slurm"))
-    executor.update_parameters(timeout_min=how.minutes, slurm_array_parallelism=len(them))
-    if how.partition:
-        executor.update_parameters(slurm_partition=how.partition)
-    if them[0].device != "cpu":
-        executor.update_parameters(gpus_per_node=1)
-    with executor.batch():
-        jobs = [executor.submit(worker) for worker in them]
-    for job in jobs:
-        try:
-            job.result()
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-            log.warning("job %s failed: %s", job.job_id, str(error).splitlines()[-1])
-
-
-LAUNCHERS: dict[str, Callable[[Sequence[Worker], Launch, Path], None]] = {
+LAUNCHERS: dict[str, Callable[[Sequence[Worker], Launch, Path], Generator[None, None, None]]] = {
     "local": local,
     "ray": by_ray,
     "submitit": by_submitit,
 }
+"""By name who starts workers and waits for them; each yields now and then until they have ended."""
 
 
 def main(told: str) -> None:
     """Be a worker; exit status 2 for what cannot be used, which trying again does not change."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=SPOKEN)
     try:
         with interrupt.handled():
             Worker(**json.loads(told))()

@@ -230,6 +230,15 @@ class StableDiffusion:
                 self._digests[part] = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
 
+    def rest(self) -> None:
+        """Leave a GPU to others: every part goes to main memory, and is back only while it is used."""
+        if self.device.type == "cpu":
+            return
+        for part in (self.unet, self.vae, self.text_encoder, *self.adapters.values()):
+            part.to("cpu")
+        self.offload, self._used = True, None
+        torch.cuda.empty_cache()
+
     def _use(self, part: Any) -> Any:
         """The part, on the device; with offload, the part that was used before goes back to main memory."""
         if self.offload and self._used is not part:

@@ -55,7 +55,9 @@ def sweep(
     else:
         if not (surveyed.folder / "config.yaml").exists():
             write_text(surveyed.folder / "config.yaml", config.to_yaml(experiment))
-        launch("sweep", surveyed.folder, experiment.launch, experiment.model.device)
+        runner.lab.model.rest()
+        items = len(surveyed.items())
+        launch("sweep", surveyed.folder, experiment.launch, experiment.model.device, items=items, track=track)
     return publish(surveyed, found, scorer, loggers)
 
 

@@ -112,3 +112,23 @@ def chromium():
         browser.close()
     ours = ("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "data:", "blob:", "about:")
     assert (errors, [url for url in asked if not url.startswith(ours)]) == ([], [])
+
+
+@pytest.fixture
+def two_cases(tmp_path, tiny_root):
+    """A sweep over two cases of a manifest, by further words."""
+    from masafusion_lab import config
+    from tests.edits import drawn
+
+    for n, shift in enumerate((0, 4)):
+        drawn(shift=shift).save(tmp_path / f"{n}.png")
+        drawn("L", shift, fill=255).save(tmp_path / f"mask{n}.png")
+        drawn("L", shift, outline=255).save(tmp_path / f"sketch{n}.png")
+    lines = [f"{n},{n}.png,mask{n}.png,sketch{n}.png,a cat on grass,a red dog" for n in (0, 1)]
+    (tmp_path / "cases.csv").write_text("\n".join(["id,image,mask,sketch,source,target", *lines]))
+
+    def experiment(*words):
+        usual = f"model.path={tiny_root} model.device=cpu store={tmp_path}/store cases={tmp_path}/cases.csv size=48x32"
+        return config.load(words=[*usual.split(), "steps=3", "axes.seed=0,1", "sweep.rows=8", *words])
+
+    return experiment

@@ -466,7 +466,7 @@ def test_two_workers_leave_what_one_process_does(command, yaml, tmp_path):
 
 
 def test_what_no_worker_edits_is_missed(command, yaml, monkeypatch):
-    monkeypatch.setitem(launch.LAUNCHERS, "local", lambda *args: None)
+    monkeypatch.setitem(launch.LAUNCHERS, "local", lambda *args: (_ for _ in ()))
     code, _, err = command("bench", "--config", yaml, "out=b", "launch.by=local", "bench.sessions=0")
     assert code == 1
     assert "2 edits are missing: not edited yet" in err

@@ -15,7 +15,8 @@ LAYERS = [
     "methods",
     "data hints pidinet editor callbacks report tracking look heat maps watch figures explorer annotate",
     "config keys request manual lab phases cli upkeep recorded progress doctor sync app web "
-    "survey runner sweep forecast landscape plots surveypage search launch bench scoring tables benchpage publish",
+    "survey runner sweep forecast landscape plots surveypage search clusters launch bench scoring tables benchpage "
+    "publish",
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 LOADERS = {"model", "loading", "hub", "encoders"}
