@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -28,14 +29,17 @@ def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> Generator[None,
 
     Ray starts a worker again that died; one that raises is not, as it would again.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not how.address:  # else Ray listens on every interface, whatever address its node is given
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError:
         raise InputError("launch.by=ray: Ray is not installed; pip install 'masafusion-lab[ray]'") from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    reach(how.address)
     cores = them[0].threads
-    own: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False, "num_cpus": cores * len(them)}
-    own |= {"address": "local", "object_store_memory": 100 * 2**20}  # little passes through it
+    own: dict[str, Any] = {"address": "local", "include_dashboard": False, "num_cpus": cores * len(them)}
+    own["object_store_memory"] = 100 * 2**20  # bytes; little passes through it
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, **({"address": how.address} if how.address else own))
@@ -59,6 +63,17 @@ def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> Generator[None,
             yield
     finally:
         ray.shutdown()
+
+
+def reach(address: str) -> None:
+    """Raise InputError if nobody answers at HOST:PORT: Ray itself tries on for many minutes, deaf to signals."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"launch.address={address}: {error}; give that of a Ray cluster, or none") from error
 
 
 def work(worker: Worker, place: str) -> None:
