@@ -45,7 +45,7 @@ def by_ray(them: Sequence[Worker], how: Launch, folder: Path) -> Generator[None,
         ray.init(log_to_driver=False, **({"address": how.address} if how.address else own))
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = str(error).splitlines()[0]
-        raise InputError(f"launch.address={how.address}: {why}; give that of a Ray cluster, or none") from error
+        raise InputError(f"launch.address={how.address}: {why}; is RAY_AUTH_MODE the cluster's?") from error
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has taken

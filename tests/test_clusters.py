@@ -18,6 +18,7 @@ from masafusion_lab.runs import write_text
 from masafusion_lab.sweep import sweep
 from tests.test_sweep import pictures
 
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -137,20 +138,20 @@ def test_a_job_that_slurm_preempts_is_queued_again_by_itself(two_cases, tmp_path
 
 @needs("ray")
 def test_workers_run_on_a_ray_cluster_that_is_there_and_stays(yaml, tmp_path_factory):
-    place = f"127.0.0.1:{(port := free())}"
-    begin = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2"]
-    begin += ["--include-dashboard=false", "--disable-usage-stats", "--object-store-memory=100000000"]
-    head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", *begin[1:]],
-        cwd=tmp_path_factory.mktemp("elsewhere"),
-        env=os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    port = free()
+    begin = f"start --head --block --node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --include-dashboard=false"
+    it = {
+        "env": os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, LOOPBACK: "0"},
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+    words = [sys.executable, "-m", "ray.scripts.scripts", *begin.split(), "--object-store-memory=100000000"]
+    head = subprocess.Popen(words, cwd=tmp_path_factory.mktemp("elsewhere"), **it)
     try:
         next(line for line in head.stdout if "runtime started" in line)
-        asked = config.load(["two.yaml"], ["launch.by=ray", f"launch.address={place}", "cases=cases.csv"])
-        assert not sweep(asked, request.cases_of(asked), Path("two")).failures
+        words = command(yaml, "launch.by=ray", f"launch.address=127.0.0.1:{port}", "cases=cases.csv")
+        assert subprocess.run([sys.executable, "-m", "masafusion_lab.cli", *words[1:]], **it).returncode == 0
+        assert len(begun(yaml / "two")) == 2
         assert head.poll() is None
     finally:
         head.terminate()

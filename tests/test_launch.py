@@ -7,7 +7,7 @@ import pytest
 from experiments.scale import makespan
 from masafusion_lab import InputError, config, launch, phases, request
 from masafusion_lab.axes import Launch
-from masafusion_lab.launch import Worker, claimed, workers
+from masafusion_lab.launch import Worker, claimed, settled, workers
 from masafusion_lab.runs import write_text
 from masafusion_lab.sweep import sweep
 from tests.test_sweep import pictures
@@ -58,6 +58,25 @@ def test_what_no_worker_does_is_missed(two_cases, tmp_path, monkeypatch):
     found = sweep(asked, request.cases_of(asked), tmp_path / "out")
     assert "4 of 4 points failed" in found.lost
     assert "was not run" in found.lost
+
+
+def test_the_bar_moves_with_every_item_that_a_worker_settles(tmp_path, monkeypatch):
+    def one_by_one(them, how, folder):
+        for name in "abc":
+            yield
+            (settled(folder) / name).touch()
+            yield
+
+    def track(items, what):
+        for item in items:
+            yield item
+            seen.append(len(list(settled(tmp_path).iterdir())))
+
+    monkeypatch.setitem(launch.LAUNCHERS, "local", one_by_one)
+    for _ in range(2):
+        seen = []
+        launch.launch("sweep", tmp_path, Launch("local"), "cpu", items=3, track=track)
+        assert seen == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("by", "module"), [("ray", "ray"), ("submitit", "submitit")])

@@ -244,3 +244,8 @@ def test_a_gpu_gives_what_the_processor_gives(tiny, tiny_root, settings):
     assert (model.decode(model.encode(pictures())).cpu() - tiny.decode(tiny.encode(pictures()))).abs().mean() < 0.01
     resident = [part.device.type for part in (model.unet, model.vae, model.text_encoder)]
     assert resident == (["cpu", "cuda", "cpu"] if model.offload else ["cuda"] * 3)
+    model.rest()
+    assert {p.device.type for part in (model.unet, model.vae, model.text_encoder) for p in part.parameters()} == {"cpu"}
+    assert torch.equal(
+        model.eps(x.cuda(), 3, model.schedule(10), text.cuda(), hint=model.hint("pose", pictures())), eps
+    )
