@@ -267,7 +267,7 @@ class Run:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _texts(config: bytes) -> dict[str, Text]:

@@ -183,10 +183,9 @@ class Studio:
 
     def past(self, token: str) -> list[Past]:
         """The runs of this person, latest first."""
-        runs = sorted((self.person(token) / "runs").glob("*/state.json"), reverse=True)
-        return [
-            Past(state.parent, read_json(state), read_json(state.with_name("result.json"))) for state in runs[:LATEST]
-        ]
+        found = {path: read_json(path) for path in (self.person(token) / "runs").glob("*/state.json")}
+        runs = sorted(found, key=lambda path: found[path].get("started", ""), reverse=True)[:LATEST]
+        return [Past(path.parent, found[path], read_json(path.with_name("result.json"))) for path in runs]
 
 
 def keep_picture(folder: Path, name: str, image: Image.Image, *, apart: bool = True) -> Path:
