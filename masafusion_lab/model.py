@@ -7,8 +7,10 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,6 +27,15 @@ from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 log = logging.getLogger(__name__)
+LOADING = threading.Lock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One load at a time in a process: diffusers changes torch for all threads meanwhile."""
+    with LOADING:
+        yield
+
 
 IGNORED = "_|dtype$|torch_dtype$|transformers_version$"
 """Entries of a configuration that say how it was saved, not what it is."""
@@ -57,6 +68,7 @@ class StableDiffusion:
         self._digests: dict[str, str] = {}
 
     @classmethod
+    @alone()
     def load(
         cls,
         path: str = "picturebook",
