@@ -27,7 +27,7 @@ from rich.table import Table
 from masafusion_lab import bench, lab
 from masafusion_lab.forecast import duration
 from masafusion_lab.inversion import Direct, Npi
-from masafusion_lab.methods import METHODS, needs
+from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
 from masafusion_lab.progress import bar
@@ -62,7 +62,7 @@ def rows_of(names: Iterable[str], words: Sequence[str]) -> dict[str, str]:
     """The rows of the benchmark, "method inversion" -> keys; steps that are given count for all methods."""
     found = {}
     for name in names:
-        usual = ["direct"] if needs(METHODS[name]()).inversion else [""]
+        usual = ["direct"] if METHODS[name]().needs.inversion else [""]
         fixed = f" steps={STEPS[name]}" if name in STEPS and not any(w.startswith("steps=") for w in words) else ""
         for inversion in INVERSIONS.get(name, usual):
             chosen = f" inversion.name={inversion}" if inversion else ""

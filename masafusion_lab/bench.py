@@ -23,7 +23,6 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
-from masafusion_lab.methods import needs
 from masafusion_lab.protocol import QUICK, Protocol
 from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
 from masafusion_lab.scoring import Scorer
@@ -189,7 +188,7 @@ def labs_of_rows() -> Callable[[str, config.Experiment], Lab | str]:
     def lab(name: str, row: config.Experiment) -> Lab | str:
         if last.get("row") != name:
             log.info("row %r", name)
-            of_model = row.model, needs(config.method(row)).network
+            of_model = row.model, config.method(row).needs.network
             model = last.get("model") if last.get("settings") == of_model else None
             try:
                 last["lab"] = build(row, model=model)

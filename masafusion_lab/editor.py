@@ -21,7 +21,7 @@ from masafusion_lab.attention import Tap
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lockstep import NotFinite
-from masafusion_lab.methods import Method, needs
+from masafusion_lab.methods import Method
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 
@@ -188,7 +188,7 @@ class Editor(LightningModule):
         """Prompts, mask, hint and null embeddings of a batch; the features of several kinds of hint are added."""
         model = self.model
         told = {"source": [item.source for item in batch], "target": [item.target for item in batch]}
-        if needs(self.method).instruction:
+        if self.method.needs.instruction:
             told["instruction"] = [followed(model, self.method, item.instruction) for item in batch]
         *of_each, empty = model.embed([*chain.from_iterable(told.values()), ""]).split([*map(len, told.values()), 1])
         masks = [item.mask for item in batch if item.mask is not None]
@@ -204,15 +204,15 @@ class Editor(LightningModule):
 
 def followed(model: StableDiffusion, method: Method, instruction: str) -> str:
     """The instruction as the method's network reads it, with what is appended; "" for a method that follows none."""
-    needed = needs(method)
+    needed = method.needs
     if not (needed.instruction and instruction):
         return ""
     return instruction + (model.suffix if needed.suffix is None else needed.suffix)
 
 
-def pasted(method: Any, given: Given, pictures: Tensor) -> Tensor:
+def pasted(method: Method, given: Given, pictures: Tensor) -> Tensor:
     """Edited pictures (B, 3, H, W), on the CPU; outside the region the given ones, if the method wants them there."""
-    if not needs(method).paste or given.mask is None or given.pixels is None:
+    if not method.needs.paste or given.mask is None or given.pixels is None:
         return pictures
     mask = F.interpolate(given.mask, pictures.shape[-2:]).cpu()
     return mask * pictures + (1 - mask) * given.pixels.cpu()

@@ -101,9 +101,7 @@ def count(runner: Runner, works: Sequence[Work]) -> int:
     if works[0].course is not None:
         return sum(runner.share(works).rows(runner.rows))
     method, sites, steps = works[0].lab.method, works[0].lab.model.sites, len(works[0].lab.schedule)
-    if not hasattr(method, "plan"):
-        return 10 * steps  # as many as the usual method has
-    return int(method.plan(sites, steps).cost(steps, getattr(method, "guidance", 0.0)))
+    return method.plan(sites, steps).cost(steps, getattr(method, "guidance", 0.0))
 
 
 def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:

@@ -18,7 +18,7 @@ from masafusion_lab import InputError, __version__, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import Prepared, prepare
 from masafusion_lab.inversion import Direct, NoInversion, Track, silent
-from masafusion_lab.methods import METHODS, Method, needs
+from masafusion_lab.methods import METHODS, Method
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
 from masafusion_lab.region import USUAL, Region
@@ -65,7 +65,7 @@ class Lab:
 def chosen(experiment: config.Experiment) -> tuple[Any, Any]:
     """The inversion, none where the method reads none, and the method of an experiment. Raises InputError."""
     inversion, method = config.inversion(experiment), config.method(experiment)
-    return getattr(inversion, "resolved", inversion) if needs(method).inversion else NoInversion(), method
+    return getattr(inversion, "resolved", inversion) if method.needs.inversion else NoInversion(), method
 
 
 def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
@@ -81,7 +81,7 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
     precision = str(experiment.trainer.get("precision", "32-true"))
     if precision.endswith("-true") and precision != "32-true":
         raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
-    needed = needs(method)
+    needed = method.needs
     if not needed.inversion:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
     store = Store(Path(experiment.store) if experiment.store else None)

@@ -23,7 +23,6 @@ from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, 
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.lockstep import check
-from masafusion_lab.methods import needs
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
 from masafusion_lab.sites import self_layers
@@ -186,20 +185,18 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
     for prompt in (case.source, *told.values()):
         if lost := model.cut(prompt):
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
-    if needs(lab.method).inversion and not case.source:
+    if lab.method.needs.inversion and not case.source:
         log.warning('%s: is kept under an empty prompt; say what it shows, source="a cat in the snow"', case.id)
     item = _item(case, prepared, Inversion(torch.empty(0)))
     editor = Editor(model, lab.method, lab.schedule)
     given = editor.given([item], None)  # raises for words, hints and adapters
     try:
-        if hasattr(lab.method, "prepare"):
-            given = lab.method.prepare(model, given, lab.schedule)
-        if hasattr(lab.method, "plan"):
-            said = given.prompts.keys() - {name for name, text in told.items() if not text}
-            plan = lab.method.plan(model.sites, len(lab.schedule))
-            latents = {branch.x for branch in plan.branches.values()}
-            layers = self_layers(model.sites)
-            check(plan, given, steps=len(lab.schedule), layers=layers, latents=latents, prompts=said)
+        given = lab.method.prepare(model, given, lab.schedule)
+        said = given.prompts.keys() - {name for name, text in told.items() if not text}
+        plan = lab.method.plan(model.sites, len(lab.schedule))
+        latents = {branch.x for branch in plan.branches.values()}
+        layers = self_layers(model.sites)
+        check(plan, given, steps=len(lab.schedule), layers=layers, latents=latents, prompts=said)
         for watching in callbacks:
             if isinstance(watching, Attend):
                 watching.check(editor, item, lab.batch)

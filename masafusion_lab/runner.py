@@ -27,7 +27,6 @@ from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods import Denoising
 from masafusion_lab.runs import (
     begin_case,
     finish_case,
@@ -135,10 +134,9 @@ class Runner:
                         item = phases.Batches(lab, [job]).item(job)
                     calls[kin] = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed).ready([item])
                 work.call = calls[kin]
-                if isinstance(lab.method, Denoising):
-                    course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
-                    course.check(steps=len(lab.schedule), layers=self.layers)
-                    work.course = course if is_shareable(course) else None
+                course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
+                course.check(steps=len(lab.schedule), layers=self.layers)
+                work.course = course if is_shareable(course) else None
                 found.append(work)
             except (InputError, ArithmeticError) as error:
                 self.fail(work.point, job.folder, job.key, error)

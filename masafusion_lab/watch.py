@@ -53,9 +53,9 @@ class Watch:
         """
         model, steps = editor.model, len(editor.schedule)
         Scope(self.steps, self.layers).check(model.sites, steps)
-        plan = editor.method.plan(model.sites, steps) if hasattr(editor.method, "plan") else None
-        latents = {} if plan is None else denoisers(plan)
-        shown = [inside for inside, _ in latents.values()] or None
+        plan = editor.method.plan(model.sites, steps)
+        latents = denoisers(plan)
+        shown = [inside for inside, _ in latents.values()]
         seen = [i for i in range(steps) if i in self.steps]
         parts = [range(seen[part.start], seen[part.stop - 1] + 1) for part in bins(len(seen), self.bins)]
         looks = Scope({i for part in parts for i in part[:: self.every]}, self.layers, None, self.halves)
@@ -69,8 +69,7 @@ class Watch:
             count
             * len(self.halves)
             * sum(
-                word.bytes(site, site.grid(h, w), 1 if plan is None else len(plan.branches))
-                + pixel.bytes(site, site.grid(h, w), len(shown or [0]))
+                word.bytes(site, site.grid(h, w), len(plan.branches)) + pixel.bytes(site, site.grid(h, w), len(shown))
                 for site in model.sites
                 if site.depth in self.layers
             )

@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from masafusion_lab.editor import noise_for
 from masafusion_lab.given import Given
 from masafusion_lab.inversion import Direct, EditFriendly, Inversion
-from masafusion_lab.methods import METHODS, needs
+from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 
 SOURCE, TARGET, INSTRUCTION = "a cat on grass", "a red dog on grass", "red dog"
@@ -284,7 +284,7 @@ def test_edit_friendly_editing_adds_the_noise_maps_of_the_source(case):
 def test_hive_is_instruct_pix2pix_with_another_network_and_words(tiny_networks):
     case = case_of(tiny_networks, "hive")
     assert torch.equal(result(case, "hive"), result(case, "instruct_pix2pix"))
-    assert needs(METHODS["hive"]()) == replace(needs(METHODS["instruct_pix2pix"]()), network="hive", suffix=None)
+    assert METHODS["hive"]().needs == replace(METHODS["instruct_pix2pix"]().needs, network="hive", suffix=None)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from masafusion_lab import InputError, config, phases
 from masafusion_lab.editor import Editor, Item
 from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace, slerp
-from masafusion_lab.methods import METHODS, needs
+from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.network import BASE, TAUGHT, fingerprint
 from tests.edits import Calls, case, drawn, lab
@@ -83,7 +83,7 @@ def items():
 def edited(models, items, name, **settings):
     """What the method makes of the cases together."""
     method = METHODS[name](**settings)
-    model = models[needs(method).network]
+    model = models[method.needs.network]
     return Editor(model, method, model.schedule(STEPS)).predict_step(items)
 
 

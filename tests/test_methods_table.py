@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from masafusion_lab import InputError, config
-from masafusion_lab.methods import METHODS, needs
+from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -50,9 +50,9 @@ def needed(method, sites):
     plan, found = method.plan(sites, STEPS), set()
     found |= {"mask"} if lacking(plan, masked=False) else set()
     found |= {"sketch"} if lacking(plan, hinted=False) else set()
-    found |= {"instruction"} if needs(method).instruction else set()
+    found |= {"instruction"} if method.needs.instruction else set()
     adapter = {"adapter"} if "sketch" in found else set()
-    return found | adapter | ({NETWORK[needs(method).network]} if needs(method).network else set())
+    return found | adapter | ({NETWORK[method.needs.network]} if method.needs.network else set())
 
 
 def test_every_method_is_in_the_table():
@@ -68,7 +68,7 @@ def test_its_row_is_true(sites, name):
     for what, without, settings in said:
         if settings:
             assert (what in needed(made(name, settings), sites)) == (not without)
-    assert inversion == ("any" if needs(made(name)).inversion else "none")
+    assert inversion == ("any" if made(name).needs.inversion else "none")
     for cost, masked, settings in re.findall(r"(\d+)(?: (with a mask)| \(`([^`]+)`\))?(?:; |$)", rows):
         method = made(name, settings)
         plan = method.plan(sites, STEPS)

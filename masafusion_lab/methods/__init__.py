@@ -12,7 +12,7 @@ from masafusion_lab.methods.masafusion_no_adapter import MaSaFusionNoAdapter
 from masafusion_lab.methods.plain import Plain, Reconstruction
 from masafusion_lab.methods.plug_and_play import PlugAndPlay
 from masafusion_lab.methods.prompt_to_prompt import PromptToPrompt
-from masafusion_lab.methods.protocol import Denoising, Method, Needs, Source, needs
+from masafusion_lab.methods.protocol import Method, Needs, Source
 from masafusion_lab.methods.replay import Replay
 from masafusion_lab.methods.sdedit import SDEdit
 from masafusion_lab.methods.t2i_only import T2IOnly
@@ -39,4 +39,4 @@ METHODS: dict[str, type] = {
 }
 """Name, as in `method.name=...`, to class."""
 
-__all__ = ["METHODS", "Denoising", "MaSaFusion", "Method", "Needs", "Plain", "Reconstruction", "Source", "needs"]
+__all__ = ["METHODS", "MaSaFusion", "Method", "Needs", "Plain", "Reconstruction", "Source"]

@@ -13,14 +13,14 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Plan, Span
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State, fresh
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
+from masafusion_lab.methods.protocol import Method, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Blended(Denoising):
+class Blended(Method):
     """Avrahami et al. 2023; the defaults are those of their code for Stable Diffusion."""
 
     guidance: float = 7.5
@@ -49,7 +49,7 @@ class Blended(Denoising):
         return Plan({"T": Branch("target", "target")}, {"target": "T"}, masked=True, run=run)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan, T = self.plan(model.sites, len(schedule)), len(schedule)
         x0, mask, start = picture(model, given), inside(given), plan.run.start
         masks = [F.max_pool2d(mask, 2 * k + 1, 1, k) for k in range(self.shrink, 0, -1)] + [mask]

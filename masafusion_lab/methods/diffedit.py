@@ -15,7 +15,7 @@ from masafusion_lab import contrast
 from masafusion_lab.fusion import Branch, Plan, Sde, Span
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State, fresh
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
+from masafusion_lab.methods.protocol import Method, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Differing(Denoising):
+class Differing(Method):
     """What both share: the region, and the guidance."""
 
     guidance: float = 7.5
@@ -74,7 +74,7 @@ class DiffEdit(Differing):
         return Plan({"T": branch}, {"target": "T"}, masked=self.mask == "given", run=run, before=self.looking(steps))
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan, x0 = self.plan(model.sites, len(schedule)), picture(model, given)
         region = cache(lambda: self.region(model, given, x0, schedule))
 
@@ -108,7 +108,7 @@ class SdeDiffEdit(Differing):
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         x0 = picture(model, given)
         region = cache(lambda: self.region(model, given, x0, schedule))
         chain, begin = [x0], self.plan(model.sites, len(schedule)).run.start

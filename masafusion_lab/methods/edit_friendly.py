@@ -11,14 +11,14 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Plan, Sde, Span
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class NoiseMaps(Denoising):
+class NoiseMaps(Method):
     """Edit-friendly DDPM editing (Huberman-Spiegelglas et al. 2024), for inversion.name=edit_friendly.
 
     With another inversion and eta=0 it is direct inversion whose offsets are added to the target too.
@@ -45,7 +45,7 @@ class NoiseMaps(Denoising):
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan = self.plan(model.sites, len(schedule))
         start = {"target": source.states[plan.run.start]}
         return Course(plan, start, given, {"source": source.states}, self.guidance)

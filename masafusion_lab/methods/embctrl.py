@@ -14,7 +14,7 @@ from masafusion_lab import words
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EmbCtrl(Denoising):
+class EmbCtrl(Method):
     """Settings of Algorithm 4, for edits that keep shapes; made for null-text inversion."""
 
     guidance: float = 7.5
@@ -60,7 +60,7 @@ class EmbCtrl(Denoising):
         return Plan({"S": again, "T": target}, {"again": "S", "target": "T"})
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         if source.null is None and not self.offset_on_target:
             log.warning("nothing ties EmbCtrl's target to the source but x_T; take inversion.name=null_text or npi")
         known, start = source.states, {"target": source.states[0]}

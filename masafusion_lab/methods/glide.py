@@ -14,14 +14,14 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside, picture
+from masafusion_lab.methods.protocol import Method, Needs, Source, inside, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Glide(Denoising):
+class Glide(Method):
     """GLIDE's rule on latents: with any model, or with a network that was trained to fill regions."""
 
     backend: Literal["x0_replace", "inpaint", "glide"] = "x0_replace"
@@ -51,7 +51,7 @@ class Glide(Denoising):
         return Plan({"T": branch}, {"target": "T"}, masked=True)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         A, x0 = inside(given), picture(model, given)
         after = None
         if self.backend == "inpaint":

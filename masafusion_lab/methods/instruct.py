@@ -12,14 +12,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan, Sde, Span, Weighted
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, picture
+from masafusion_lab.methods.protocol import Method, Needs, Source, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class InstructPix2Pix(Denoising):
+class InstructPix2Pix(Method):
     """InstructPix2Pix (Brooks et al. 2023), with its published settings; they are for steps=100."""
 
     needs: ClassVar[Needs] = Needs(inversion=False, network="instruct", instruction=True)
@@ -44,7 +44,7 @@ class InstructPix2Pix(Denoising):
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         latents = picture(model, given) / model.vae.config.scaling_factor  # as it was trained: not scaled
         given = replace(given, extra={"picture": latents, "nothing": torch.zeros_like(latents)})
         return Course(self.plan(model.sites, len(schedule)), {"target": x}, given)

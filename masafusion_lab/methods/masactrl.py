@@ -13,7 +13,7 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Hint, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
@@ -21,7 +21,7 @@ from masafusion_lab.wordmaps import WordMaps, first_maps
 
 
 @dataclass(frozen=True)
-class MasaCtrl(Denoising):
+class MasaCtrl(Method):
     """Mutual self-attention, as published along a drawn condition; hint_until=0 is MasaCtrl without an adapter."""
 
     guidance: float = 7.5
@@ -96,7 +96,7 @@ class MasaCtrl(Denoising):
         return torch.stack(list(of_each)).to(model.device)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan = self.plan(model.sites, len(schedule))
         start, record = {"target": source.states[0]}, {"source": source.states}
         if not self.auto:

@@ -13,14 +13,14 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import HALVES, NO_REGION, Branch, Hint, Masked, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Needs, Source
+from masafusion_lab.methods.protocol import Method, Needs, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MaSaFusion(Denoising):
+class MaSaFusion(Method):
     """Settings of Algorithm 1; the defaults are the paper's, or the most literal reading where it is silent."""
 
     guidance: float = 7.5
@@ -108,7 +108,7 @@ class MaSaFusion(Denoising):
         return {"t2i": init(self.init_t2i, x), "target": init(self.init_target, other)}
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; its states hold "t2i", the intermediate image, beside "target"; see `Denoising`."""
+        """The edit as data; its states hold "t2i", the intermediate image, beside "target"; see `Method`."""
         if given.mask is None:
             raise InputError(NO_REGION)
         plan, start = self.plan(model.sites, len(schedule)), self.start(source.states[0], x, given.mask)

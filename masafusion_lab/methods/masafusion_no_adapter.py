@@ -12,14 +12,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Masked, Plan, Span, Take
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, inside
+from masafusion_lab.methods.protocol import Method, Needs, Source, inside
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class MaSaFusionNoAdapter(Denoising):
+class MaSaFusionNoAdapter(Method):
     """Settings of Algorithm 5; no drawn condition, and no need of a region."""
 
     guidance: float = 7.5
@@ -63,7 +63,7 @@ class MaSaFusionNoAdapter(Denoising):
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan = self.plan(model.sites, len(schedule))
         x_T = {"source": source.states[0], "gauss": x}
         if self.init == "mixed":

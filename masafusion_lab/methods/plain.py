@@ -11,14 +11,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Plain(Denoising):
+class Plain(Method):
     """Denoise x_T^S under the target prompt, nothing fused: plain inversion editing."""
 
     guidance: float = 7.5
@@ -33,7 +33,7 @@ class Plain(Denoising):
         return Plan({"T": Branch("target", self.prompt, null=self.null)}, {"target": "T"})
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan = self.plan(model.sites, len(schedule))
         return Course(plan, {"target": source.states[0]}, given, w=self.guidance)
 

@@ -12,14 +12,14 @@ from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Weighted
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site, layers
 
 
 @dataclass(frozen=True)
-class PlugAndPlay(Denoising):
+class PlugAndPlay(Method):
     """Settings of pnp-diffusers, or of the original code."""
 
     guidance: float = 7.5
@@ -82,6 +82,6 @@ class PlugAndPlay(Denoising):
         return replace(given, prompts={**given.prompts, "negative": negative})
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan, given = self.plan(model.sites, len(schedule)), self.prepare(model, given, schedule)
         return Course(plan, {"target": source.states[0]}, given, {"source": source.states}, self.guidance)

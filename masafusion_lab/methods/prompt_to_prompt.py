@@ -14,7 +14,7 @@ from masafusion_lab import InputError, words
 from masafusion_lab.fusion import Branch, Plan, Span, Take, Words
 from masafusion_lab.given import Follow, Given
 from masafusion_lab.lockstep import Course, State
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -22,7 +22,7 @@ from masafusion_lab.wordmaps import CELLS, WordMaps, first_maps
 
 
 @dataclass(frozen=True)
-class PromptToPrompt(Denoising):
+class PromptToPrompt(Method):
     """Settings as in its notebook for real pictures; resolutions as on latents of 64 x 64, on others in proportion."""
 
     guidance: float = 7.5
@@ -118,7 +118,7 @@ class PromptToPrompt(Denoising):
         return LocalBlend(seen, on, off, int(self.blend_start * steps), self.blend_threshold)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         blend = self.blend(model, given, len(schedule))
         return Course(
             self.plan(model.sites, len(schedule)),

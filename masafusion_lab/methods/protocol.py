@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -41,11 +41,6 @@ class Needs:
     paste: bool = False
 
 
-def needs(method: Any) -> Needs:
-    """What a method says in its `needs`; without one it reads an inversion, and the model's own UNet."""
-    return getattr(method, "needs", Needs())
-
-
 def picture(model: StableDiffusion, given: Given) -> Tensor:
     """The latents x_0 (B, C, h, w) of the pictures to edit. Raises InputError where they are not given."""
     if given.pixels is None:
@@ -60,37 +55,27 @@ def inside(given: Given) -> Tensor:
     return given.mask
 
 
-class Method(Protocol):
-    """Edits a batch: yields the states of the denoising, T at most; the last one's `x["target"]` is the edited x_0.
+class Method:
+    """Edits a batch. Its call is one `lockstep`, which it gives as data: a sweep can share its rows with others.
 
-    A method may have `plan(sites, steps)`, its branches, `prepare(model, given, schedule)`, which gives the batch with
-    what the method adds to it, and `needs`. The first two raise InputError for what cannot be; every case is checked by
-    them before any is computed.
+    `plan` and `prepare` raise InputError for what cannot be; every case is checked by them before any is computed.
     """
 
-    def __call__(
-        self,
-        model: StableDiffusion,
-        given: Given,
-        source: Source,
-        x: Tensor,
-        *,
-        schedule: Schedule,
-        taps: Sequence[Tap] = (),
-    ) -> Iterator[State]:
-        """Edit; x (B, C, h, w) is the case's Gaussian noise."""
-        ...
+    @property
+    def needs(self) -> Needs:
+        """What it needs beside prompts and region."""
+        return Needs()
 
-
-class Denoising:
-    """A method whose call is one `lockstep`, which it gives as data: a sweep can share its rows with others."""
+    def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
+        """The batch with what the method adds to it."""
+        return given
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """Its branches, for a model with these attention layers, in `steps` steps."""
         raise NotImplementedError
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """What its call gives `lockstep`."""
+        """What its call gives `lockstep`; x (B, C, h, w) is the case's Gaussian noise."""
         raise NotImplementedError
 
     def __call__(
@@ -103,5 +88,5 @@ class Denoising:
         schedule: Schedule,
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
-        """Edit; see `Method`."""
+        """Yield the states of the denoising, T at most; the last one's `x["target"]` is the edited x_0."""
         yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)

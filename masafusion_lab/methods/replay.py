@@ -10,14 +10,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class Replay(Denoising):
+class Replay(Method):
     """Ask the UNet about every state of the record, under the source prompt; the target is the source."""
 
     guidance: float = 1.0
@@ -28,6 +28,6 @@ class Replay(Denoising):
         return Plan({"S": Branch("source", "source", null="tuned")}, {"source": "S"})
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan, record = self.plan(model.sites, len(schedule)), {"source": source.states}
         return Course(plan, {}, given, record, self.guidance, after=lambda state: {"target": state.x["source"]})

@@ -11,14 +11,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Plan, Span
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Needs, Source, picture
+from masafusion_lab.methods.protocol import Method, Needs, Source, picture
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class SDEdit(Denoising):
+class SDEdit(Method):
     """The settings are those of diffusers' image-to-image pipeline."""
 
     needs: ClassVar[Needs] = Needs(inversion=False)
@@ -32,7 +32,7 @@ class SDEdit(Denoising):
         return Plan({"T": Branch("target", "target")}, {"target": "T"}, run=Span.last(self.strength, steps))
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         plan = self.plan(model.sites, len(schedule))
         start = schedule.diffuse(picture(model, given), x, plan.run.start)
         return Course(plan, {"target": start}, given, w=self.guidance)

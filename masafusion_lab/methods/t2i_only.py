@@ -10,14 +10,14 @@ from torch import Tensor
 from masafusion_lab.fusion import Branch, Hint, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Denoising, Source
+from masafusion_lab.methods.protocol import Method, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 
 @dataclass(frozen=True)
-class T2IOnly(Denoising):
+class T2IOnly(Method):
     """Generate from Gaussian noise along the drawn condition, Figure 14's last column."""
 
     guidance: float = 7.5
@@ -35,5 +35,5 @@ class T2IOnly(Denoising):
         return Plan({"T": Branch("target", "target", hint)}, {"target": "T"})
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
-        """The edit as data; see `Denoising`."""
+        """The edit as data; see `Method`."""
         return Course(self.plan(model.sites, len(schedule)), {"target": x}, given, w=self.guidance)

@@ -85,10 +85,9 @@ class Studio:
 
     def _load(self, job: Job, experiment: config.Experiment) -> Any:
         """The model with the kind of UNet that the method of an experiment needs; see `network.NETWORKS`."""
-        from masafusion_lab.methods import needs
         from masafusion_lab.model import StableDiffusion
 
-        kind = needs(config.method(experiment)).network
+        kind = config.method(experiment).needs.network
         if kind not in self._models:
             job.tell("loading the model", 0, 0)
             self._models[kind] = StableDiffusion.load(**vars(self.experiment.model), network=kind)
