@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from masafusion_lab import InputError, hints
 from masafusion_lab.data.case import Case, Picture
-from masafusion_lab.data.pictures import LINES, open_hint, open_mask, open_picture, prepare
-from masafusion_lab.picturebook.judge import MODEL
-from masafusion_lab.picturebook.sketcher import Sketcher
+from masafusion_lab.data.pictures import LINES, open_hint, open_mask, open_picture
+from masafusion_lab.picturebook import MODEL
 from masafusion_lab.region import USUAL, Region
 
 log = logging.getLogger(__name__)
@@ -109,6 +106,10 @@ def seen(
 
     Raises InputError for a region that cannot be used.
     """
+    from torch.nn.functional import avg_pool2d
+
+    from masafusion_lab.data.prepared import prepare
+
     prepared = prepare(
         Case("picture", picture, "", "", mask=region),
         factor=factor,
@@ -121,7 +122,7 @@ def seen(
     if prepared.mask is None or prepared.mask_full is None:
         raise InputError("nothing is painted: paint the region to edit")
     edited = prepared.mask[0] > 0
-    grazed = edited & (F.avg_pool2d(prepared.mask_full, factor)[0] < 0.5)
+    grazed = edited & (avg_pool2d(prepared.mask_full, factor)[0] < 0.5)
     cell = np.ones((factor, factor, 1))
     tint = np.kron(np.where(grazed[..., None], *(np.array(TINTS[name]) / 255 for name in ("grazed", "edited"))), cell)
     weight = 0.55 * np.kron(edited[..., None], cell)
@@ -143,18 +144,29 @@ def seen(
 
 def outlines(picture: Image.Image) -> Image.Image:
     """A picture-book picture's outlines, white on black, mode L, by the trained sketcher."""
-    pixels = torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255).permute(2, 0, 1)[None]
-    lines = _sketcher(SKETCHER)(pixels)[0, 0].numpy()
+    from masafusion_lab.data.prepared import tensor
+
+    lines = _sketcher(SKETCHER)(tensor(picture.convert("RGB"))[None])[0, 0].numpy()
     return Image.fromarray((lines * 255).round().astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
 
 
-_sketcher = cache(Sketcher.load)
+@cache
+def _sketcher(folder: Path) -> Any:
+    from masafusion_lab.picturebook.sketcher import Sketcher
+
+    return Sketcher.load(folder)
+
+
+def _by_pidinet(weights: Path, picture: Image.Image) -> Image.Image:
+    from masafusion_lab import pidinet
+
+    return pidinet.sketch(picture, weights)
 
 
 def ways(pidinet: str) -> dict[str, Callable[[Image.Image], Image.Image]]:
     """How a sketch may be drawn from a picture, by name: those whose weights are there."""
     drawn: dict[str, Callable[[Image.Image], Image.Image]] = {"outlines": outlines} if SKETCHER.is_dir() else {}
-    drawn |= {"pidinet": partial(hints.sketch, weights=Path(pidinet))} if pidinet else {}
+    drawn |= {"pidinet": partial(_by_pidinet, Path(pidinet))} if pidinet else {}
     return drawn | {"canny": hints.canny}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from masafusion_lab import InputError, config, interrupt, phases, protocol
-from masafusion_lab.data import pictures, sets
+from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
@@ -155,12 +155,13 @@ def edit(
 @contextmanager
 def _unwarned() -> Iterator[None]:
     """Without warnings of what is odd about a picture or mask: a set's are as they are, and each is read often."""
-    level = pictures.log.level
-    pictures.log.setLevel(logging.ERROR)
+    reading = logging.getLogger(sets.__package__)
+    level = reading.level
+    reading.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        pictures.log.setLevel(level)
+        reading.setLevel(level)
 
 
 def _batches(row: str, bench: Benchmark) -> Iterator[list[Cell]]:

@@ -1,42 +1,18 @@
-"""Hints drawn from pictures: edges by Canny, outlines by PiDiNet, and the region A from two sketches (Remark 3)."""
+"""Hints drawn from pictures: edges by Canny, and the region A from two sketches (Remark 3)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from masafusion_lab import InputError, pidinet
+from masafusion_lab import InputError
 
 
 def canny(image: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
     """Edges, white on black, mode L: T2I-Adapter's condition, with its thresholds of gradient (0 to about 1000)."""
     bgr = np.asarray(image.convert("RGB"))[:, :, ::-1]
     return Image.fromarray(cv2.Canny(np.ascontiguousarray(bgr), low, high))
-
-
-def sketch(image: Image.Image, weights: Path | None) -> Image.Image:
-    """Outlines, white on black, mode L: PiDiNet's fused map, seen at the area of 512x512 pixels, above one half.
-
-    `weights`: the file table5_pidinet.pth. Raises InputError if it is not given or is another file.
-    """
-    if weights is None:
-        raise InputError(
-            "sketch=auto needs the weights of PiDiNet: give pidinet=FILE, the table5_pidinet.pth of "
-            "github.com/zhuoinoulu/pidinet, or sketch=FILE; canny=auto needs none"
-        )
-    net = pidinet.load(weights)
-    scale = 512 / (image.width * image.height) ** 0.5
-    width, height = (max(8, round(side * scale / 8) * 8) for side in image.size)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    with torch.inference_mode():
-        edges = net(torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None] / 255)
-        edges = F.interpolate(edges, image.size[::-1], mode="bilinear", antialias=True)
-    return Image.fromarray((edges[0, 0] > 0.5).numpy() * np.uint8(255))
 
 
 def region_from_sketches(

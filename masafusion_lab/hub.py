@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from masafusion_lab import InputError
-
-PICTUREBOOK = Path(__file__).parent / "picturebook" / "model"
+from masafusion_lab.picturebook import MODEL as PICTUREBOOK
 
 Fetch = Callable[[str], "Path | None"]
 """Of a file's name inside a model its place on this disk, or None where the model has no such file."""

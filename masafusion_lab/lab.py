@@ -16,7 +16,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError, __version__, config
 from masafusion_lab.data.case import Case
-from masafusion_lab.data.pictures import Prepared, prepare
+from masafusion_lab.data.prepared import Prepared, prepare
 from masafusion_lab.inversion import Direct, NoInversion, Track, silent
 from masafusion_lab.methods import METHODS, Method
 from masafusion_lab.model import StableDiffusion

@@ -18,7 +18,7 @@ from torch import Tensor
 from masafusion_lab import InputError, __version__, interrupt
 from masafusion_lab.callbacks import Attend, Job, Mirror, Results
 from masafusion_lab.data.case import Case
-from masafusion_lab.data.pictures import Prepared
+from masafusion_lab.data.prepared import Prepared
 from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, precisely
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256

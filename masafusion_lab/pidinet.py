@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from masafusion_lab import InputError
@@ -146,3 +148,23 @@ def load(path: Path) -> PiDiNet:
             f"pidinet={path}: truncated or of another network; give the published table5_pidinet.pth"
         ) from None
     return net.requires_grad_(False).eval()
+
+
+def sketch(image: Image.Image, weights: Path | None) -> Image.Image:
+    """Outlines, white on black, mode L: PiDiNet's fused map, seen at the area of 512x512 pixels, above one half.
+
+    `weights`: the file table5_pidinet.pth. Raises InputError if it is not given or is another file.
+    """
+    if weights is None:
+        raise InputError(
+            "sketch=auto needs the weights of PiDiNet: give pidinet=FILE, the table5_pidinet.pth of "
+            "github.com/zhuoinoulu/pidinet, or sketch=FILE; canny=auto needs none"
+        )
+    net = load(weights)
+    scale = 512 / (image.width * image.height) ** 0.5
+    width, height = (max(8, round(side * scale / 8) * 8) for side in image.size)
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    with torch.inference_mode():
+        edges = net(torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None] / 255)
+        edges = F.interpolate(edges, image.size[::-1], mode="bilinear", antialias=True)
+    return Image.fromarray((edges[0, 0] > 0.5).numpy() * np.uint8(255))

@@ -9,13 +9,15 @@ import shlex
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from masafusion_lab.runs import write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INK, SOFT, LINE, PAPER, MARK = "#1f2328", "#59636e", "#d5d9de", "#ffffff", "#c62828"
 """Colours: of text, of what is said beside, of lines, of the ground, and of what is marked: best, edited."""

@@ -71,7 +71,7 @@ def drawn_cases(cases: str) -> int:
 
 def cases_of(e: config.Experiment) -> list[Case]:
     """The cases that an experiment names, by `cases` or by `image` and what goes with it. Raises InputError."""
-    from masafusion_lab import hints
+    from masafusion_lab import hints, pidinet
     from masafusion_lab.data.case import HINTS, Case
     from masafusion_lab.data.pictures import open_hint, open_picture
 
@@ -87,7 +87,7 @@ def cases_of(e: config.Experiment) -> list[Case]:
     if e.canny == "auto":
         drawn["canny"] = hints.canny(open_picture(Path(e.hint_from or e.image)))
     if e.sketch == "auto":
-        drawn["sketch"] = hints.sketch(open_picture(Path(e.hint_from or e.image)), Path(e.pidinet))
+        drawn["sketch"] = pidinet.sketch(open_picture(Path(e.hint_from or e.image)), Path(e.pidinet))
     region: Any = Path(e.mask) if e.mask else None
     if e.box:
         region = config.box(e.box)

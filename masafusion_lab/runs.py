@@ -17,17 +17,19 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from PIL import Image
-from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.axes import RUNNING
 from masafusion_lab.configfile import Text, read_keys, short
 from masafusion_lab.interrupt import Interrupted
 from masafusion_lab.protocol import SELECTING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +152,7 @@ def write_picture(path: Path, picture: Tensor | Image.Image) -> None:
 
     Raises ArithmeticError for a tensor that is not finite: it would be a black picture.
     """
-    if isinstance(picture, Tensor):
+    if not isinstance(picture, Image.Image):
         if not picture.isfinite().all():
             raise ArithmeticError(f"{path}: the picture is not finite")
         levels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

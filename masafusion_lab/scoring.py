@@ -15,7 +15,8 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case, Picture
-from masafusion_lab.data.pictures import open_picture, region, tensor
+from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.data.prepared import region, tensor
 from masafusion_lab.encoders import Networks
 from masafusion_lab.metrics import Pair, measure
 from masafusion_lab.protocol import Protocol

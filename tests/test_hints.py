@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 from masafusion_lab import InputError, pidinet
-from masafusion_lab.hints import canny, region_from_sketches, sketch
+from masafusion_lab.hints import canny, region_from_sketches
+from masafusion_lab.pidinet import sketch
 
 
 def lines(*boxes, size=(160, 120)):

@@ -76,3 +76,28 @@ def test_every_module_has_its_layer_and_one_idea():
         name = path.relative_to(PACKAGE).with_suffix("").parts[0]
         assert name in {*LAYER, "picturebook"}, f"{path}: give it a layer in this test and in the map"
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 300, f"{path} is two ideas"
+
+
+def on_import(path):
+    """The modules that a file imports when it is itself imported: at its top, but for those of its annotations."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize("name", ["cli", "app"])
+def test_neither_help_nor_the_first_page_of_the_lab_waits_for_torch(name):
+    left, seen = [f"masafusion_lab.{name}"], set()
+    while left:
+        module = left.pop()
+        assert module.split(".")[0] not in ("torch", "lightning", "diffusers", "transformers", "matplotlib")
+        place = PACKAGE.parent.joinpath(*module.split("."))
+        files = [f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()]
+        if module not in seen and files:
+            left += [*on_import(files[0]), module.rpartition(".")[0]]
+        seen.add(module)
+    assert f"masafusion_lab.{name}" in seen
+    assert len(seen) > 20

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
-from masafusion_lab.data.pictures import open_hint, open_mask, open_picture, prepare, working_size
+from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
+from masafusion_lab.data.prepared import prepare, working_size
 from masafusion_lab.region import Region
 
 MODEL = {"factor": 4, "multiple": 16, "native": 64}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from experiments.random_sd import SIZES, build, parts, write_tokenizer
 from masafusion_lab.data.case import Case
-from masafusion_lab.data.pictures import prepare
+from masafusion_lab.data.prepared import prepare
 from masafusion_lab.loading import quiet
 from masafusion_lab.model import StableDiffusion
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from masafusion_lab import InputError
 from masafusion_lab.data import magicbrush, piebench
 from masafusion_lab.data.case import Made
-from masafusion_lab.data.pictures import open_mask, open_picture, prepare
+from masafusion_lab.data.pictures import open_mask, open_picture
+from masafusion_lab.data.prepared import prepare
 from masafusion_lab.data.sets import cases
 from masafusion_lab.protocol import Bench
 from masafusion_lab.scoring import pair

@@ -17,6 +17,7 @@ from masafusion_lab.data import magicbrush, picturebook, piebench
 from masafusion_lab.data.case import Case, Made
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.picturebook.edits import EDITS
+from masafusion_lab.pidinet import sketch
 from masafusion_lab.protocol import Bench
 from masafusion_lab.runs import case_folder, write_picture
 from masafusion_lab.store import home
@@ -81,6 +82,6 @@ def _drawn(case: Case, kind: str, file: Path, pidinet: Path | None) -> Image.Ima
     if not file.is_file():
         assert case.truth is not None
         truth = open_picture(case.truth)
-        write_picture(file, hints.canny(truth) if kind == "canny" else hints.sketch(truth, pidinet))
+        write_picture(file, hints.canny(truth) if kind == "canny" else sketch(truth, pidinet))
     with Image.open(file, formats=["PNG"]) as drawn:
         return drawn.convert("L")

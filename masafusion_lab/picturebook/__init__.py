@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from masafusion_lab.picturebook.scene import (
@@ -21,8 +22,11 @@ from masafusion_lab.picturebook.scene import (
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ALL_POSES", "BACKGROUNDS", "COLOURS", "KINDS", "PATTERNS", "POSES", "Label", "Scene", "Thing", "labels",
-           "picture", "scene"]  # fmt: skip
+__all__ = ["ALL_POSES", "BACKGROUNDS", "COLOURS", "KINDS", "MODEL", "PATTERNS", "POSES", "Label", "Scene", "Thing",
+           "labels", "picture", "scene"]  # fmt: skip
+
+MODEL = Path(__file__).parent / "model"
+"""The folder of the shipped model."""
 
 
 @dataclass(frozen=True)

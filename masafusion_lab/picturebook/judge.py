@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from masafusion_lab import InputError
-from masafusion_lab.picturebook import labels
+from masafusion_lab.picturebook import MODEL, labels
 from masafusion_lab.picturebook.edits import Example
 from masafusion_lab.picturebook.scene import ALL_POSES, BACKGROUNDS, COLOURS, KINDS, PATTERNS, POSES, Scene, Thing
 
 SIZE = 128
-MODEL = Path(__file__).parent / "model"
 LOOKS = ("colour", "pattern", "pose")  # of a thing
 NEAR = 0.08  # as a part of the picture's side: how far a centre may be from where it should be
 POSSIBLE = [[pose in POSES.get(kind, ("",)) for pose in ALL_POSES] for kind in KINDS]

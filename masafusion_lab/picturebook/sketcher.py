@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from masafusion_lab.picturebook.judge import MODEL, Block, fit_size, restore
+from masafusion_lab.picturebook import MODEL
+from masafusion_lab.picturebook.judge import Block, fit_size, restore
 
 
 class Sketcher(nn.Module):
