@@ -67,11 +67,14 @@ def _engine(what: str) -> Finding:
 
 
 def _model(what: str) -> Finding:
-    from masafusion_lab.hub import PICTUREBOOK
+    from masafusion_lab.hub import PICTUREBOOK, damaged
 
-    if (PICTUREBOOK / "model_index.json").is_file():
-        return Finding(what, "ok", str(PICTUREBOOK))
-    return Finding(what, "note", "not in this installation; give model.path=FOLDER or a hub id")
+    if not (PICTUREBOOK / "model_index.json").is_file():
+        return Finding(what, "note", "not in this installation; give model.path=FOLDER or a hub id")
+    if wrong := damaged(PICTUREBOOK):
+        files = f"{', '.join(wrong[:3])}{', …' if wrong[3:] else ''}"
+        return Finding(what, "bad", f"{PICTUREBOOK}: not as it was shipped: {files}; check out or install it again")
+    return Finding(what, "ok", f"{PICTUREBOOK}, every file as it was shipped")
 
 
 def _hub(what: str) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ import torch
 
 from masafusion_lab import InputError
 from masafusion_lab.picturebook import MODEL as PICTUREBOOK
+
+SUMS = "SHA256SUMS"
+"""The file of a model's folder that says what its weights are, as sha256sum writes and checks it."""
 
 Fetch = Callable[[str], "Path | None"]
 """Of a file's name inside a model its place on this disk, or None where the model has no such file."""
@@ -156,3 +160,19 @@ def one_line(error: Exception) -> str:
     """The error's message in one line of at most 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def write_sums(folder: Path) -> None:
+    """Write down what the weights in the folder of a model are, for `damaged`."""
+    files = sorted(folder.rglob("*.safetensors"))
+    (folder / SUMS).write_text("".join(f"{_sum(file)}  {file.relative_to(folder).as_posix()}\n" for file in files))
+
+
+def damaged(folder: Path) -> list[str]:
+    """The weights in the folder of a model that are missing, or no longer what they were."""
+    lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
+    return [name for known, name in lines if not (folder / name).is_file() or _sum(folder / name) != known]
+
+
+def _sum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

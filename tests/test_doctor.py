@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from masafusion_lab import cli, doctor
+from masafusion_lab import cli, doctor, hub
 
 
 def findings():
@@ -42,6 +42,19 @@ def test_whatever_breaks_while_it_is_looked_at_is_a_finding(monkeypatch):
     found = findings()
     assert (found["device"].state, found["device"].said) == ("bad", "RuntimeError: gone wrong")
     assert found["inversions"].state == "ok"
+
+
+def test_a_weight_that_rotted_and_a_file_that_is_missing_are_told(tmp_path, monkeypatch):
+    for name in ("model_index.json", "unet/weights.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a" * 100)
+    hub.write_sums(tmp_path)
+    monkeypatch.setattr(hub, "PICTUREBOOK", tmp_path)
+    assert doctor._model("model").state == "ok"
+    (tmp_path / "unet/weights.safetensors").write_bytes(b"a" * 99 + b"b")
+    assert "not as it was shipped: unet/weights.safetensors; check out" in doctor._model("model").said
+    (tmp_path / "unet/weights.safetensors").unlink()
+    assert doctor._model("model").state == "bad"
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for():
