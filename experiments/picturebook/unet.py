@@ -39,9 +39,9 @@ class Unet(Settings):
     transformer blocks, which saves a sixth of the time and needs a C++ compiler.
     """
 
-    steps: int = 16_000
-    batch: int = 16
-    lr: float = 6e-4
+    steps: int = 16_500
+    batch: int = 32
+    lr: float = 1e-3
     warmup: int = 300
     decay: float = 0.995
     epoch: int = 100
