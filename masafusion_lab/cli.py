@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import tempfile
@@ -243,6 +244,9 @@ def main() -> None:
     package, spoken = logging.getLogger("masafusion_lab"), Spoken()
     package.setLevel(logging.INFO)
     package.addHandler(spoken)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with interrupt.handled():
             app()

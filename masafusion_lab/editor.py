@@ -70,7 +70,7 @@ def noise_for(seed: int, case: str, shape: Sequence[int], purpose: str = "x") ->
 
     So neither the order of cases, nor batches, shards or resuming change an image.
     """
-    digest = hashlib.sha256(f"{seed}\0{case}\0{purpose}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{case}\0{purpose}".encode("utf-8", "surrogatepass")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(*shape, generator=generator, dtype=torch.float32)
 

@@ -8,13 +8,25 @@ import shutil
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 from masafusion_lab import InputError, config, interrupt
 
 log = logging.getLogger(__name__)
+
+
+class RunLog(logging.FileHandler):
+    """The run's log: what a full disk does not take is left out, and hides no other error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on."""
+
+    def close(self) -> None:
+        """Close it, with what it could not write."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager
@@ -24,7 +36,7 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterat
     It is `out`, or a new one below `root`. Nothing is left of a new folder in which, because of something that cannot
     be used, nothing was made.
     """
-    from masafusion_lab.runs import Run
+    from masafusion_lab.runs import Run, explained
 
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(experiment.out) if experiment.out else root / now
@@ -33,7 +45,8 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterat
     try:
         with Run(folder, config.to_yaml(experiment), experiment.force):
             entered = True
-            file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+            with explained(folder):
+                file = RunLog(folder / "run.log", encoding="utf-8", errors="backslashreplace")
             file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             package.addHandler(file)
             try:
