@@ -71,6 +71,10 @@ def test_the_region_grows_by_what_is_asked(dilate):
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (50 - dilate, 80 + dilate, 50 - dilate, 80 + dilate)
 
 
+def test_a_margin_beyond_the_picture_is_all_of_it():
+    assert inside(region_from_sketches(lines(), lines((50, 50, 80, 80)), dilate=10**6)).all()
+
+
 def test_sketches_that_tell_no_region_are_refused():
     with pytest.raises(InputError, match="show the same; give mask=FILE"):
         region_from_sketches(lines((5, 5, 30, 30)), lines((5, 5, 30, 30)))
