@@ -63,7 +63,7 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+    with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         watching = [Attend(Watch(), every)] if (every := experiment.tracking.attention) else []
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching)
     typer.echo(folder)
@@ -104,7 +104,7 @@ def attend(
     watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, every, halves, limit_gb)
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+    with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         seen = Attend(watch, keep=keep)
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))
     for each in folders:

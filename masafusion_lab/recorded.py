@@ -30,11 +30,11 @@ class RunLog(logging.FileHandler):
 
 
 @contextmanager
-def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterator[Path]:
+def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weights: str = "") -> Iterator[Path]:
     """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
 
-    It is `out`, or a new one below `root`. Nothing is left of a new folder in which, because of something that cannot
-    be used, nothing was made.
+    It is `out`, or a new one below `root`; `weights`: see `Run`. Nothing is left of a new folder in which, because of
+    something that cannot be used, nothing was made.
     """
     from masafusion_lab.runs import Run, explained
 
@@ -43,7 +43,7 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterat
     new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")
     try:
-        with Run(folder, config.to_yaml(experiment), experiment.force):
+        with Run(folder, config.to_yaml(experiment), experiment.force, weights):
             entered = True
             with explained(folder):
                 file = RunLog(folder / "run.log", encoding="utf-8", errors="backslashreplace")

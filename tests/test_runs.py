@@ -296,6 +296,22 @@ def test_another_configuration_is_refused_by_its_differing_keys(tmp_path):
         assert (tmp_path / "config.yaml").read_text() == other
 
 
+def test_results_of_other_weights_are_not_replaced_without_a_word(tmp_path):
+    with Run(tmp_path, CONFIG, weights="old"):
+        pass
+    with Run(tmp_path, CONFIG, weights="new"):  # nothing was made
+        write_json(tmp_path / "result.json", {})
+    for weights in ("new", ""):
+        with Run(tmp_path, CONFIG, weights=weights):
+            pass
+    with Run(tmp_path, CONFIG, weights="new"):
+        pass
+    with pytest.raises(InputError, match=r"other weights.*out=FOLDER, or force=true"):
+        Run(tmp_path, CONFIG, weights="old").__enter__()
+    with Run(tmp_path, CONFIG, force=True, weights="old"):
+        pass
+
+
 @pytest.mark.parametrize("broken", [b"\xff\0", b"a: &a [*a]", b"[" * 3000, b"!!python/object:os.system {}", b""])
 def test_a_configuration_that_cannot_be_read_is_another(tmp_path, broken):
     (tmp_path / "config.yaml").write_bytes(broken)
