@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import rich
 import typer
 from rich.text import Text
 
 from masafusion_lab import InputError, config, interrupt, upkeep
 from masafusion_lab.manual import WithKeys, complete
-from masafusion_lab.progress import Spoken, bar, console
+from masafusion_lab.progress import Spoken, Voice, bar, console
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
 
@@ -249,6 +250,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    rich.get_console().__class__ = Voice  # of Lightning's bar
     _keep_memory()
     try:
         with interrupt.handled():

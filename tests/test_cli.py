@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import rich
 from PIL import Image, ImageDraw
 
 from masafusion_lab import cli, config, keys, manual, phases, progress, request
@@ -239,7 +240,9 @@ class Gone(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError()])
-def test_a_run_goes_on_when_nobody_listens_any_more(monkeypatch, error):
+def test_a_run_goes_on_when_nobody_listens_any_more(run, monkeypatch, error):
+    run("cache", "ls")
+    assert isinstance(rich.get_console(), progress.Voice)  # that Lightning's bar speaks through
     monkeypatch.setattr(progress, "console", progress.Voice(file=Gone(error), force_terminal=True))
     assert list(progress.bar([1, 2], "editing")) == [1, 2]
     progress.Spoken().handle(logging.makeLogRecord({"msg": "resumes", "levelno": logging.INFO}))
