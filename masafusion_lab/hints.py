@@ -37,6 +37,7 @@ def region_from_sketches(
     moved = (was & ~_grown(now, radius // 4)) | (now & ~_grown(was, radius // 4))
     if not moved.any():
         raise InputError("mask=auto: the two sketches show the same; give mask=FILE")
+    region: np.ndarray
     if hull:
         region = _grown(moved, radius).astype(np.uint8)
         region = cv2.fillConvexPoly(region, cv2.convexHull(cv2.findNonZero(region)), 1)
