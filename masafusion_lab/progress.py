@@ -38,7 +38,7 @@ def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
         log.info("%s", what)
         yield from items
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=what)
 

@@ -228,6 +228,12 @@ def test_a_name_that_is_no_text_is_a_name_all_the_same(run, given, tmp_path):
     assert "caf\\udce9: " in out
 
 
+def test_a_name_is_no_markup_of_a_bar(monkeypatch):
+    monkeypatch.setattr(progress, "console", progress.Voice(file=io.StringIO(), force_terminal=True))
+    assert list(progress.bar([1], "editing a[/b] [red]")) == [1]
+    assert "editing a[/b] [red]" in progress.console.file.getvalue()
+
+
 class Gone(io.StringIO):
     """A terminal that was closed, or a pipe that nobody reads."""
 
