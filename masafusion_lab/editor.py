@@ -150,7 +150,7 @@ class Editor(LightningModule):
         if "t2i" in state.x:
             latents["intermediate"] = state.x["t2i"]
         pictures: dict[str, Tensor] = {}
-        for name, latent in latents.items():
+        for name, latent in self.track(list(latents.items()), "decoding"):
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()
             interrupt.check()
