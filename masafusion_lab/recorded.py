@@ -20,9 +20,6 @@ log = logging.getLogger(__name__)
 class RunLog(logging.FileHandler):
     """The run's log: what a full disk does not take is left out, and hides no other error."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on."""
-
     def close(self) -> None:
         """Close it, with what it could not write."""
         with suppress(OSError):
@@ -42,6 +39,7 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weight
     folder = Path(experiment.out) if experiment.out else root / now
     new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")
+    loud, logging.raiseExceptions = logging.raiseExceptions, False  # else a full disk prints W&B's tracebacks
     try:
         with Run(folder, config.to_yaml(experiment), experiment.force, weights):
             entered = True
@@ -70,3 +68,5 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weight
         if new and entered and not any(folder.rglob("result.json")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        logging.raiseExceptions = loud

@@ -88,7 +88,7 @@ def fill(disk):
     with suppress(OSError):
         for number in range(100):
             (disk / f"ballast{number}").write_bytes(bytes(20_000))
-    logging.getLogger("masafusion_lab").warning("a" * 20_000)
+    logging.getLogger("masafusion_lab").warning("a" * 9_000)
     raise ZeroDivisionError
 
 
@@ -100,9 +100,15 @@ def test_a_run_on_a_full_disk_fails_with_its_own_error(small_disk):
 
 
 def test_a_log_that_cannot_be_written_hides_no_error_and_says_nothing(small_disk, capsys):
+    others = logging.FileHandler(small_disk / "debug.log")  # as W&B's
+    logging.getLogger("masafusion_lab").addHandler(others)
     with pytest.raises(ZeroDivisionError), recorded(config.load(words=[f"out={small_disk}/run"])):
         fill(small_disk)
+    logging.getLogger("masafusion_lab").removeHandler(others)
+    with suppress(OSError):
+        others.close()
     assert "No space left" not in capsys.readouterr().err
+    assert logging.raiseExceptions
 
 
 def test_a_file_above_the_process_limit_is_explained(tmp_path):
