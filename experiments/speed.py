@@ -75,7 +75,7 @@ def inner_step(model: StableDiffusion, trainable: bool) -> Callable[[], None]:
 
 
 def nti_ratio(model: StableDiffusion, repeats: int) -> float:
-    """Published form over ours; the published code also asks for the text eps anew, which is not counted here."""
+    """The published form, in which the UNet's weights gather gradients too, over ours; both with the text eps kept."""
     ours = seconds(inner_step(model, False), repeats)
     return seconds(inner_step(model, True), repeats) / ours
 

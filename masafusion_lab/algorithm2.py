@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from masafusion_lab.lockstep import NotFinite
 from masafusion_lab.model import StableDiffusion
+from masafusion_lab.runs import replacing
 from masafusion_lab.schedule import Schedule
+from masafusion_lab.store import REMEDY
 
 if TYPE_CHECKING:
     from masafusion_lab.null_text import NullText
@@ -184,12 +185,10 @@ class NullTextInversion(L.LightningModule):
         return LOSSES["mse"](residual)
 
     def save(self) -> None:
-        """Keep the progress at `path`, if it is set, whole or not at all."""
+        """Keep the progress at `path`, if it is set, whole or not at all. Raises InputError if the disk is full."""
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            self.trainer.save_checkpoint(part)
-            os.replace(part, self.path)
+            with replacing(self.path, REMEDY) as partial:
+                self.trainer.save_checkpoint(partial)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the progress is of, and how far it is."""

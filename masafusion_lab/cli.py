@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import io
 import logging
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import rich
 import typer
 from rich.text import Text
 
 from masafusion_lab import InputError, config, interrupt, upkeep
 from masafusion_lab.manual import WithKeys, complete
-from masafusion_lab.progress import Spoken, bar, console
+from masafusion_lab.progress import Spoken, Voice, bar, console
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
 
@@ -62,7 +66,7 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+    with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         watching = [Attend(Watch(), every)] if (every := experiment.tracking.attention) else []
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching)
     typer.echo(folder)
@@ -103,7 +107,7 @@ def attend(
     watch = Watch(span(steps, "--steps"), span(layers, "--layers"), bins, heads, every, halves, limit_gb)
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+    with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         seen = Attend(watch, keep=keep)
         folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))
     for each in folders:
@@ -243,6 +247,11 @@ def main() -> None:
     package, spoken = logging.getLogger("masafusion_lab"), Spoken()
     package.setLevel(logging.INFO)
     package.addHandler(spoken)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    rich.get_console().__class__ = Voice  # of Lightning's bar
+    _keep_memory()
     try:
         with interrupt.handled():
             app()
@@ -255,6 +264,14 @@ def main() -> None:
     finally:
         package.removeHandler(spoken)
     sys.exit(code)
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what a step frees for the next: giving pages back and taking them again costs 7 %."""
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def _say(what: object, code: int) -> int:

@@ -35,15 +35,18 @@ def examine() -> Iterator[Finding]:
         try:
             yield look(what)
         except Exception as error:
-            yield Finding(what, "bad", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            yield Finding(what, "bad", _one_line(error))
     yield from map(_package, OPTIONAL)
 
 
 def _torch(what: str) -> Finding:
     import torch
 
-    cores = os.cpu_count() or 1
-    return Finding(what, "ok", f"{torch.__version__}, {torch.get_num_threads()} threads on {cores} cores")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = f"{torch.__version__}, {torch.get_num_threads()} threads on {cores} cores"
+    if torch.get_num_threads() > cores:
+        return Finding(what, "note", f"{said}: they wait for one another; set OMP_NUM_THREADS={cores}")
+    return Finding(what, "ok", said)
 
 
 def _device(what: str) -> Finding:
@@ -110,7 +113,11 @@ def _tracking(what: str) -> Finding:
 
     if (mode := mode_of_environment()) != "online":
         return Finding(what, "note", f"WANDB_MODE is set: W&B is {mode}")
-    if not has_key():
+    try:
+        there = has_key()
+    except Exception as error:  # wandb is missing or broken: an edit runs all the same
+        return Finding(what, "note", f"W&B cannot be used ({_one_line(error)}): runs are not recorded by it")
+    if not there:
         return Finding(
             what, "note", "W&B has no key (wandb login): runs are recorded offline, to be sent by masafusion sync"
         )
@@ -137,9 +144,13 @@ def _package(name: str) -> Finding:
     try:
         importlib.import_module(name)
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        return Finding(what, "note", f"{version} is broken ({why}); pip uninstall {name}, or install the right version")
+        why = f"{version} is broken ({_one_line(error)})"
+        return Finding(what, "note", f"{why}; pip uninstall {name}, or install the right version")
     return Finding(what, "ok", version)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 LOOKS: dict[str, Callable[[str], Finding]] = {

@@ -70,7 +70,7 @@ def noise_for(seed: int, case: str, shape: Sequence[int], purpose: str = "x") ->
 
     So neither the order of cases, nor batches, shards or resuming change an image.
     """
-    digest = hashlib.sha256(f"{seed}\0{case}\0{purpose}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{case}\0{purpose}".encode("utf-8", "surrogatepass")).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randn(*shape, generator=generator, dtype=torch.float32)
 
@@ -150,7 +150,7 @@ class Editor(LightningModule):
         if "t2i" in state.x:
             latents["intermediate"] = state.x["t2i"]
         pictures: dict[str, Tensor] = {}
-        for name, latent in latents.items():
+        for name, latent in self.track(list(latents.items()), "decoding"):
             same = name == "reconstruction" and latent.shape == x0.shape and torch.equal(latent, x0)
             pictures[name] = pictures["roundtrip"] if same else model.decode(latent).cpu()
             interrupt.check()

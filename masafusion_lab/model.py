@@ -242,6 +242,11 @@ class StableDiffusion:
                 self._digests[part] = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
 
+    @property
+    def weights(self) -> str:
+        """The digest of all of its parts."""
+        return self.digest(("unet", "vae", "text_encoder", *sorted(self.adapters)))
+
     def rest(self) -> None:
         """Leave a GPU to others: every part goes to main memory, and is back only while it is used."""
         if self.device.type == "cpu":

@@ -20,6 +20,7 @@ from masafusion_lab.algorithm2 import LOSSES, OPTIMIZERS, NullTextInversion, Ste
 from masafusion_lab.inversion import Direct, Inversion, Track, retrace, silent
 from masafusion_lab.lockstep import NotFinite
 from masafusion_lab.model import StableDiffusion
+from masafusion_lab.runs import sweep
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.trainer import make, undisturbed
 
@@ -185,6 +186,7 @@ def _run(
 def _forget(folder: Path | None) -> None:
     """Remove the progress in a folder, which is done with, and the folder unless it holds something else."""
     if folder is not None:
+        sweep(Path(folder))
         (Path(folder) / PROGRESS).unlink(missing_ok=True)
         with suppress(OSError):
             Path(folder).rmdir()

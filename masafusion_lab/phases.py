@@ -67,6 +67,7 @@ def invert(
     """
     waiting: dict[torch.Size, dict[str, Pending]] = {}
     for place, case in zip(count() if places is None else places, cases, strict=False):
+        interrupt.check()
         try:
             pixels = lab.prepare(case).pixels
             depends = record_facts(lab, pixels, case.source)
@@ -178,6 +179,7 @@ def _checked(track: Track) -> Track:
 
 def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[L.Callback] = ()) -> Job:
     """Check a case against model, method and what shall be watched, without denoising anything. Raises InputError."""
+    interrupt.check()
     prepared, model = lab.prepare(case), lab.model
     height, width = prepared.pixels.shape[-2:]
     model.check_size(height, width)

@@ -11,7 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 log = logging.getLogger(__name__)
-console = Console(stderr=True)
+
+
+class Voice(Console):
+    """A console that falls silent when nobody listens any more, a terminal or pipe that has gone: a run goes on."""
+
+    def __exit__(self, *error: Any) -> None:
+        """Say what was printed."""
+        try:
+            super().__exit__(*error)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        """Do not end the process, as rich does."""
+        self.quiet = True
+
+
+console = Voice(stderr=True)
 """Results go to standard output."""
 
 
@@ -21,7 +38,7 @@ def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
         log.info("%s", what)
         yield from items
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=what)
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,23 +17,34 @@ from masafusion_lab import InputError, config, interrupt
 log = logging.getLogger(__name__)
 
 
+class RunLog(logging.FileHandler):
+    """The run's log: what a full disk does not take is left out, and hides no other error."""
+
+    def close(self) -> None:
+        """Close it, with what it could not write."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
-def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterator[Path]:
+def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weights: str = "") -> Iterator[Path]:
     """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
 
-    It is `out`, or a new one below `root`. Nothing is left of a new folder in which, because of something that cannot
-    be used, nothing was made.
+    It is `out`, or a new one below `root`; `weights`: see `Run`. Nothing is left of a new folder in which, because of
+    something that cannot be used, nothing was made.
     """
-    from masafusion_lab.runs import Run
+    from masafusion_lab.runs import Run, explained
 
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(experiment.out) if experiment.out else root / now
     new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")
+    loud, logging.raiseExceptions = logging.raiseExceptions, False  # else a full disk prints W&B's tracebacks
     try:
-        with Run(folder, config.to_yaml(experiment), experiment.force):
+        with Run(folder, config.to_yaml(experiment), experiment.force, weights):
             entered = True
-            file = logging.FileHandler(folder / "run.log", encoding="utf-8", errors="backslashreplace")
+            with explained(folder):
+                file = RunLog(folder / "run.log", encoding="utf-8", errors="backslashreplace")
             file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             package.addHandler(file)
             try:
@@ -57,3 +68,5 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs")) -> Iterat
         if new and entered and not any(folder.rglob("result.json")):
             shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        logging.raiseExceptions = loud

@@ -193,12 +193,12 @@ class Run:
 
     state.json holds "state" (running, done, interrupted, failed), "pid", "started" and "ended" (UTC), and "error".
     Entering raises InputError if another process is writing there, or if, without `force`, the folder was begun under a
-    configuration that differs in more than INDIFFERENT or holds things that no run wrote. Lock and state of a process
-    that died are taken over.
+    configuration that differs in more than INDIFFERENT, holds results of other `weights` (a model's digest; "": not
+    looked at), or holds things that no run wrote. Lock and state of a process that died are taken over.
     """
 
-    def __init__(self, folder: Path, config_text: str, force: bool = False) -> None:
-        self.folder, self.config_text, self.force = Path(folder), config_text, force
+    def __init__(self, folder: Path, config_text: str, force: bool = False, weights: str = "") -> None:
+        self.folder, self.config_text, self.force, self.weights = Path(folder), config_text, force, weights
         self._lock = FileLock(self.folder / ".lock", thread_local=False)
         self._state: dict[str, Any] = {}
 
@@ -246,11 +246,17 @@ class Run:
                 raise InputError(
                     f"{self.folder}: holds {strange[0]}, which no run wrote; {REMEDY}, or force=true to write there"
                 )
+            other = self.weights and before.get("weights", self.weights) != self.weights
+            if other and any(self.folder.rglob("result.json")):
+                raise InputError(
+                    f"{self.folder}: was made with other weights, or in another precision: {REMEDY}, or force=true"
+                )
         if before.get("state") == "running":
             log.warning("%s: process %s died here; its run is taken up", self.folder, before.get("pid"))
         sweep(self.folder)
         write_text(config, self.config_text)
-        self._write_state(state="running", pid=os.getpid(), started=_now(), ended=None, error=None)
+        news = {"weights": self.weights} if self.weights else {}
+        self._write_state(state="running", pid=os.getpid(), started=_now(), ended=None, error=None, **news)
 
     def _refuse_other(self, config: Path) -> None:
         then, now = _texts(config.read_bytes()), _texts(self.config_text.encode("utf-8", "backslashreplace"))

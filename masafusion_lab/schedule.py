@@ -48,6 +48,8 @@ class Schedule:
             beta = torch.linspace(start, end, n, dtype=torch.float32)
         else:
             raise InputError(f"beta_schedule={kind!r} is unknown; SD models have 'scaled_linear' or 'linear'")
+        if config.get("rescale_betas_zero_snr"):
+            raise InputError("rescale_betas_zero_snr: models whose last state is noise alone are not supported")
         abar = torch.cumprod(1 - beta, 0)
         timesteps = (torch.arange(steps) * (n // steps) + 1).flip(0)
         last = torch.ones(1) if config.get("set_alpha_to_one", False) else abar[:1]

@@ -8,15 +8,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from masafusion_lab import InputError
 
 
 def unsent(root: Path) -> list[Path]:
-    """The folders under `root` of offline runs that have not been sent, oldest first. Raises InputError."""
+    """The folders under `root` of offline runs that have ended and not been sent, oldest first. Raises InputError."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one that holds the runs, as in masafusion sync runs")
     files = root.rglob("offline-run-*/run-*.wandb")
-    return sorted((f.parent for f in files if not f.with_name(f"{f.name}.synced").exists()), key=lambda run: run.name)
+    runs = (f.parent for f in files if not f.with_name(f"{f.name}.synced").exists())
+    return sorted((run for run in runs if not _goes_on(run.parents[1])), key=lambda run: run.name)
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether a process writes a run into the folder: half of it would be sent, and taken for the whole."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # others' runs, which may be read only
+        return False
 
 
 def send(runs: Sequence[Path]) -> None:

@@ -1,6 +1,9 @@
 """The command line as a person or a shell meets it: what it prints, leaves behind and exits with."""
 
+import errno
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -12,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import rich
 from PIL import Image, ImageDraw
 
-from masafusion_lab import cli, config, keys, manual, phases, request
+from masafusion_lab import cli, config, keys, manual, phases, progress, request
 from masafusion_lab.lockstep import NotFinite
 
 MAIN = "from masafusion_lab.cli import main; main()"
@@ -214,6 +218,40 @@ def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned
     record.write_bytes(record.read_bytes()[:-1] + b"\0")
     assert run("cache", "verify", "--store", "store")[:2] == (1, "0 whole, 1 set aside as *.corrupt\n")
     assert "MB freed; 0.0 MB" in run("cache", "prune", "--gb", "0", "--store", "store")[1]
+
+
+def test_a_name_that_is_no_text_is_a_name_all_the_same(run, given, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / "pic.png").rename(tmp_path / name)
+    code, out, _ = run("edit", *given[1:], f"image={name}", "out=a")
+    assert code == 0
+    assert "caf\\udce9: " in out
+
+
+def test_a_name_is_no_markup_of_a_bar(monkeypatch):
+    monkeypatch.setattr(progress, "console", progress.Voice(file=io.StringIO(), force_terminal=True))
+    assert list(progress.bar([1], "editing a[/b] [red]")) == [1]
+    assert "editing a[/b] [red]" in progress.console.file.getvalue()
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe that nobody reads."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), BrokenPipeError()])
+def test_a_run_goes_on_when_nobody_listens_any_more(run, monkeypatch, error):
+    run("cache", "ls")
+    assert isinstance(rich.get_console(), progress.Voice)  # that Lightning's bar speaks through
+    monkeypatch.setattr(progress, "console", progress.Voice(file=Gone(error), force_terminal=True))
+    assert list(progress.bar([1, 2], "editing")) == [1, 2]
+    progress.Spoken().handle(logging.makeLogRecord({"msg": "resumes", "levelno": logging.INFO}))
 
 
 def test_what_is_said_beside_a_set_of_cases_is_not_silently_left_out(run, tmp_path):

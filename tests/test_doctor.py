@@ -68,6 +68,20 @@ def test_a_mode_that_wandb_does_not_know_keeps_no_edit_from_running(monkeypatch)
     assert findings()["tracking"].state != "bad"
 
 
+def test_without_wandb_an_edit_runs_all_the_same(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert doctor._tracking("tracking").state == "note"
+
+
+def test_more_threads_than_cores_are_warned_of(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 10_000)
+    found = doctor._torch("torch")
+    assert found.state == "note"
+    assert "10000 threads on" in found.said
+    assert "set OMP_NUM_THREADS=" in found.said
+
+
 @pytest.mark.parametrize("state", ["ok", "bad"])
 def test_the_status_tells_whether_an_edit_can_run(state, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("device", state, "cpu [x]")]))

@@ -68,6 +68,17 @@ def test_an_edit_shows_autoencoder_reconstruction_intermediate_and_target(editor
     assert set(edited.seconds) == {"prepare", "denoise", "decode"}
 
 
+def test_denoising_and_decoding_show_how_far_they_are(tiny, items):
+    seen = []
+
+    def track(steps, what):
+        seen.append((what, len(steps)))
+        return steps
+
+    Editor(tiny, MaSaFusion(), tiny.schedule(STEPS), track=track).predict_step(items[:1])
+    assert seen == [("editing cat", STEPS), ("decoding", 4)]
+
+
 def test_a_method_without_intermediate_image_has_none(tiny, items):
     (edited,) = Editor(tiny, Plain(), tiny.schedule(STEPS)).predict_step(items[:1])
     assert "intermediate" not in edited.pictures

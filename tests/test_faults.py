@@ -135,7 +135,7 @@ def test_an_exception_leaves_everything_as_it_was(tiny_root, tmp_path, words, ph
 
 
 def test_a_case_may_have_any_name_and_its_files_stay_inside(lab, tmp_path):
-    names = ["../../x", "/etc/passwd", "CON", "n" * 300, "<script>alert(1)</script>", "a\nb"]
+    names = ["../../x", "/etc/passwd", "CON", "n" * 300, "<script>alert(1)</script>", "a\nb", "caf\udce9"]
     folders = phases.edit(lab, [case(name, shift=k) for k, name in enumerate(names)], tmp_path / "run")
     for name, folder in zip(names, folders, strict=True):
         assert folder.resolve().parent == (tmp_path / "run").resolve()

@@ -34,6 +34,17 @@ def test_canny_is_opencvs_on_blue_green_red():
     assert np.sum(inside(canny(picture, 300, 600))) < np.sum(inside(edges))
 
 
+def test_edges_of_a_large_picture_are_as_strong_as_of_a_small_one():
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((3072, 2048), Image.Resampling.NEAREST)
+    edges = canny(large)
+    assert edges.size == large.size
+    shrunk = np.asarray(edges.resize((768, 512), Image.Resampling.BILINEAR))
+    small = inside(canny(large.resize((768, 512), Image.Resampling.LANCZOS)))
+    assert small.mean() > 0.005
+    assert ((shrunk > 127) == small).mean() > 0.99
+
+
 def test_the_region_covers_what_moved_and_nothing_else():
     stays, was, now = (5, 5, 30, 30), (90, 40, 110, 60), (100, 40, 130, 70)
     region = inside(region_from_sketches(lines(stays, was), lines(stays, now)))
@@ -69,6 +80,10 @@ def test_the_region_grows_by_what_is_asked(dilate):
     region = inside(region_from_sketches(lines(), lines((50, 50, 80, 80)), dilate=dilate))
     rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (50 - dilate, 80 + dilate, 50 - dilate, 80 + dilate)
+
+
+def test_a_margin_beyond_the_picture_is_all_of_it():
+    assert inside(region_from_sketches(lines(), lines((50, 50, 80, 80)), dilate=10**6)).all()
 
 
 def test_sketches_that_tell_no_region_are_refused():

@@ -108,6 +108,17 @@ def test_hints_of_grey_and_of_colour_are_given_to_adapters_of_either(tiny):
         tiny.hint("depth", grey)
 
 
+def test_silent_features_are_no_features_and_a_call_uses_none_of_them_up(tiny):
+    x, text, schedule = noise(), tiny.embed(["a cat", "a red dog running"]), tiny.schedule(10)
+    hint = list(tiny.hint("sketch", pictures()[:, :1].round()))
+    plain, silent = tiny.eps(x, 3, schedule, text), [torch.zeros_like(f) for f in hint]
+    assert torch.equal(tiny.eps(x, 3, schedule, text, hint=silent), plain)
+    guided = tiny.eps(x, 3, schedule, text, hint=hint)
+    assert len(hint) == 3
+    assert torch.equal(tiny.eps(x, 3, schedule, text, hint=hint), guided)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("prompt", "lost"),
     [

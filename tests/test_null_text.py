@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import warnings
 from dataclasses import replace
@@ -446,6 +447,18 @@ def test_a_stop_that_the_caller_asks_for_passes_through_and_is_resumed(tiny, bat
     assert torch.equal(record.states, whole.states)
     assert torch.equal(record.null, whole.null)
     assert not (tmp_path / "a").exists()
+
+
+def test_progress_that_the_disk_does_not_take_is_told_with_the_remedy(tiny, one, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[0][1]))
+    try:
+        with pytest.raises(InputError, match=r"null_text\.ckpt: .*MASAFUSION_HOME=FOLDER"):
+            PAPER.invert(tiny, *one, folder=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fault", ["cut", "other picture", "other settings"])

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import threading
 
 import lightning.pytorch as L
 import pytest
@@ -194,6 +195,15 @@ def test_a_run_again_gives_the_same_bytes(tiny_root, tmp_path):
     one, two = (phases.edit(make_lab(tiny_root, tmp_path / f"{k}"), [case()], tmp_path / f"run{k}") for k in range(2))
     for name in PICTURES:
         assert (one[0] / f"{name}.png").read_bytes() == (two[0] / f"{name}.png").read_bytes()
+
+
+def test_a_wish_to_stop_is_heeded_though_nothing_is_left_to_compute(lab, tmp_path):
+    phases.edit(lab, [case()], tmp_path / "run")
+    stop = threading.Event()
+    stop.set()
+    for work in (lambda: phases.edit(lab, [case()], tmp_path / "run"), lambda: list(phases.invert(lab, [case()]))):
+        with interrupt.heeding(stop), pytest.raises(interrupt.Cancelled):
+            work()
 
 
 class Stop(L.Callback):

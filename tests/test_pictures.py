@@ -407,6 +407,15 @@ def test_hints_come_at_working_size():
         prepare(case(Image.new("RGB", (64, 40)), hints=hints), **MODEL)
 
 
+def test_lines_that_fade_when_they_are_shrunk_are_warned_of(caplog):
+    for thick, faded in ((1, True), (20, False)):
+        caplog.clear()
+        hint = Image.new("L", (640, 640))
+        ImageDraw.Draw(hint).line((320, 0, 320, 639), fill=255, width=thick)
+        prepare(case(Image.new("RGB", (640, 640)), hints={"sketch": hint}), **MODEL)
+        assert ("lines this thin fade at 64x64" in caplog.text) == faded
+
+
 # real ones
 
 

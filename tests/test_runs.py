@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from masafusion_lab import InputError
+from masafusion_lab import InputError, config
 from masafusion_lab.interrupt import Interrupted
+from masafusion_lab.recorded import recorded
 from masafusion_lab.runs import (
     Run,
     begin_case,
@@ -81,17 +83,32 @@ def test_a_full_disk_leaves_no_half_file_and_says_the_remedy(small_disk):
     assert (small_disk / "kept.txt").read_text() == "whole"
 
 
-def test_a_run_on_a_full_disk_fails_with_its_own_error(small_disk):
-    def fill():
-        with suppress(OSError):
-            for number in range(100):
-                (small_disk / f"ballast{number}").write_bytes(bytes(20_000))
-        raise ZeroDivisionError
+def fill(disk):
+    """Fill it, then fail."""
+    with suppress(OSError):
+        for number in range(100):
+            (disk / f"ballast{number}").write_bytes(bytes(20_000))
+    logging.getLogger("masafusion_lab").warning("a" * 9_000)
+    raise ZeroDivisionError
 
+
+def test_a_run_on_a_full_disk_fails_with_its_own_error(small_disk):
     with pytest.raises(ZeroDivisionError), Run(small_disk / "run", CONFIG):
-        fill()
+        fill(small_disk)
     with pytest.raises(InputError, match="disk is full"), Run(small_disk / "run2", CONFIG):
         pass
+
+
+def test_a_log_that_cannot_be_written_hides_no_error_and_says_nothing(small_disk, capsys):
+    others = logging.FileHandler(small_disk / "debug.log")  # as W&B's
+    logging.getLogger("masafusion_lab").addHandler(others)
+    with pytest.raises(ZeroDivisionError), recorded(config.load(words=[f"out={small_disk}/run"])):
+        fill(small_disk)
+    logging.getLogger("masafusion_lab").removeHandler(others)
+    with suppress(OSError):
+        others.close()
+    assert "No space left" not in capsys.readouterr().err
+    assert logging.raiseExceptions
 
 
 def test_a_file_above_the_process_limit_is_explained(tmp_path):
@@ -283,6 +300,22 @@ def test_another_configuration_is_refused_by_its_differing_keys(tmp_path):
     assert state(tmp_path)["state"] == "done"
     with Run(tmp_path, other, force=True):
         assert (tmp_path / "config.yaml").read_text() == other
+
+
+def test_results_of_other_weights_are_not_replaced_without_a_word(tmp_path):
+    with Run(tmp_path, CONFIG, weights="old"):
+        pass
+    with Run(tmp_path, CONFIG, weights="new"):  # nothing was made
+        write_json(tmp_path / "result.json", {})
+    for weights in ("new", ""):
+        with Run(tmp_path, CONFIG, weights=weights):
+            pass
+    with Run(tmp_path, CONFIG, weights="new"):
+        pass
+    with pytest.raises(InputError, match=r"other weights.*out=FOLDER, or force=true"):
+        Run(tmp_path, CONFIG, weights="old").__enter__()
+    with Run(tmp_path, CONFIG, force=True, weights="old"):
+        pass
 
 
 @pytest.mark.parametrize("broken", [b"\xff\0", b"a: &a [*a]", b"[" * 3000, b"!!python/object:os.system {}", b""])

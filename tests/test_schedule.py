@@ -75,6 +75,7 @@ def test_any_number_of_steps_ends_at_the_picture(steps):
         ({}, 1000, "steps=1000"),
         ({"prediction_type": "sample"}, 50, "'sample'.*'epsilon' and 'v_prediction'"),
         ({"beta_schedule": "squaredcos_cap_v2"}, 50, "squaredcos_cap_v2"),
+        ({"rescale_betas_zero_snr": True}, 50, "noise alone are not supported"),
     ],
 )
 def test_what_no_such_model_has_is_refused(config, steps, says):

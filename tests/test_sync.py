@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from masafusion_lab import InputError, cli, sync
+from masafusion_lab.runs import Run
 
 SENDER = """
 import pathlib, sys
@@ -53,6 +54,12 @@ def test_a_run_that_did_not_arrive_is_told(runs):
     with pytest.raises(InputError, match=r"1 of 3 runs were not sent.*wandb login"):
         sync.send(sync.unsent(runs))
     assert [run.name for run in sync.unsent(runs)] == [folder.name]
+
+
+def test_a_run_that_goes_on_is_not_sent_before_it_has_ended(runs):
+    with Run(runs / "a", "seed: 0", force=True):
+        assert [run.name[-1] for run in sync.unsent(runs)] == ["b"]
+    assert [run.name[-1] for run in sync.unsent(runs)] == ["a", "b"]
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

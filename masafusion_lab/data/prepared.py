@@ -16,7 +16,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Box, Case, Picture
-from masafusion_lab.data.pictures import LARGEST, named, open_hint, open_mask, open_picture
+from masafusion_lab.data.pictures import LARGEST, LINES, named, open_hint, open_mask, open_picture
 from masafusion_lab.region import USUAL, Region
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,10 @@ def tensor(image: Image.Image) -> Tensor:
 def _hint(kind: str, hint: Picture, image: Image.Image, working: tuple[int, int]) -> Tensor:
     drawn = open_hint(hint, kind)
     _check_aspect(f"{named(hint)}: the {kind}", drawn, image, working)
-    return tensor(drawn.resize(working, Image.Resampling.BILINEAR))
+    shrunk = tensor(drawn.resize(working, Image.Resampling.BILINEAR))
+    if kind in LINES and shrunk.max() < 0.5 <= tensor(drawn).max():
+        log.warning("%s: lines this thin fade at %dx%d and guide little; draw them thicker", named(hint), *working)
+    return shrunk
 
 
 def cells(full: Tensor, factor: int, how: Region) -> Tensor:
