@@ -27,6 +27,7 @@ def pair(case: Case, picture: Picture) -> Pair:
     """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)
+    mask = case.mask if case.scored is None else case.scored
 
     def at(size: tuple[int, int]) -> Tensor:
         return tensor(edited if edited.size == size else edited.resize(size, Image.Resampling.BICUBIC))
@@ -39,9 +40,21 @@ def pair(case: Case, picture: Picture) -> Pair:
         local=case.target if case.caption is None else case.caption,
         truth=None if truth is None else tensor(truth),
         at_truth=None if truth is None else at(truth.size),
-        mask=None if case.mask is None else region(case.mask, source, source.size),
+        mask=None if mask is None else region(mask, source, source.size),
         drawn=case.drawn,
     )
+
+
+def _digest(picture: Picture | Box | None) -> Any:
+    """What tells a picture from another, without decoding it."""
+    if isinstance(picture, Path):
+        try:
+            return hashlib.sha256(picture.read_bytes()).hexdigest()
+        except OSError:  # said when it is opened
+            return None
+    if isinstance(picture, Image.Image):
+        return hashlib.sha256(picture.tobytes()).hexdigest()
+    return picture.name if isinstance(picture, Made) else picture
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,16 @@ def test_piebenchs_cases_have_plain_prompts_a_kind_and_their_mask(pie):
     assert open_picture(found[0].mask).size == (512, 512)
 
 
+def test_what_piebench_edits_is_what_was_drawn_and_what_it_scores_has_the_border(pie, tmp_path):
+    part, style, ends = piebench.read_cases(pie)
+    assert style.mask is None  # nothing to keep: left to the method
+    assert prepare(part, **SIZES).mask_full[0, -1].sum() == 0
+    picture(3).resize((512, 512)).save(tmp_path / "target.png")
+    found = [pair(case, tmp_path / "target.png").mask[0] for case in (part, style, ends)]
+    assert [int(mask.sum()) for mask in found] == [4 * 511 + 1000 - 512 - 1, 512 * 512, 4 * 511 + 30]
+    assert all(mask[-1].all() for mask in found)
+
+
 def test_a_run_length_mask_is_decoded_as_published():
     def published(runs):  # their loop, one pixel after the other
         flat = [0] * (512 * 512)
