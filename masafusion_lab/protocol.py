@@ -94,6 +94,7 @@ PROTOCOLS = {
             SEVEN,
             {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vitb8", "lpips": "squeeze"},
             {"clip": "clip", "dino": "dino", "keys": "structure"},
+            version=2,
         ),
     )
 }
