@@ -96,6 +96,8 @@ def mse_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
 def ssim_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
     """Mean SSIM of two pictures whose edited pixels are black: over the kept pixels, or, as PIE-Bench, over all."""
     keep = _some(1 - mask, "the mask leaves nothing outside")
+    if min(a.shape[-2:]) < 6:
+        raise InputError("the picture is smaller than half of SSIM's window of 11 pixels")
     _, full = structural_similarity_index_measure(
         (a * keep)[None], (b * keep)[None], data_range=1.0, return_full_image=True
     )

@@ -186,12 +186,17 @@ def test_the_direction_of_a_metric_is_that_in_which_less_damage_lies(name):
     assert (good > bad) == MEASURES[name].higher_is_better
 
 
+THIN = {"mask": box(0.5, (5, 56))}
+SMALL = "the picture is smaller than half of SSIM's window of 11 pixels"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
         ("l1", {"truth": None}, "no target picture is known"),
         ("psnr", {"mask": box(1)}, "the mask leaves nothing outside"),
         ("ssim_area", {"mask": box(1)}, "the mask leaves nothing outside"),
+        ("ssim", {name: noise(k, (5, 56)) for k, name in enumerate(("edited", "source"))} | THIN, SMALL),
         ("clip_edited", {"mask": box(0)}, "the mask is empty"),
         ("clip_cut", {"mask": box(0)}, "the mask is empty"),
         ("lpips", {}, "LPIPS: its backbone cannot be had"),
