@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Case, Picture
+from masafusion_lab.data.case import Box, Case, Made, Picture
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.data.prepared import region, tensor
 from masafusion_lab.encoders import Networks
@@ -74,10 +75,12 @@ class Scorer:
     def score(self, case: Case, folder: Path, *, again: bool = False) -> tuple[dict[str, float], dict[str, str]]:
         """The values of an edited case by measure, NaN with its reason where there is none; kept in scores.json.
 
-        What is there is taken if it was made by the same protocol and networks of the same edit, unless `again`.
+        What is there is taken if it was made by the same protocol and networks of the same edit, beside the same
+        pictures and caption, unless `again`.
         """
         columns, edited = self.protocol.columns, read_json(folder / "result.json").get("key")
-        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited]
+        beside = [case.caption, *map(_digest, (case.image, case.truth, case.mask, case.scored))]
+        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited, beside]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         found = read_json(folder / "scores.json")
         if again or found.get("key") != key:

@@ -255,24 +255,30 @@ def test_an_encoder_that_cannot_be_had_makes_its_columns_na_and_no_other(run, tm
 
 
 def test_a_target_picture_that_cannot_be_read_is_a_reason_and_not_the_end(run, tmp_path):
-    made, _ = run("a", "bench.only=plain")
-    cases = [dataclasses.replace(case, truth=tmp_path / "gone.png") for case in made.cases]
+    made, before = run("a", "bench.only=plain")
+    kept = {path: path.read_bytes() for path in made.folder.rglob("scores.json")}
+    cases = [dataclasses.replace(case, truth=tmp_path / "it.png") for case in made.cases]
     made = dataclasses.replace(made, cases=cases)
     scorer = Scorer.of(made.protocol, {})
-    for path in made.folder.rglob("scores.json"):
-        path.unlink()
     records = bench.score(made, scorer)
-    assert all(np.isnan(record["l1"]) and "gone.png" in record["missing"] for record in records)
+    assert all(np.isnan(record["l1"]) and "it.png" in record["missing"] for record in records)
     assert "n/a" in tables.as_markdown(publish.publish(made, records, scorer))
-    assert not list(made.folder.rglob("scores.json"))
+    assert {path: path.read_bytes() for path in made.folder.rglob("scores.json")} == kept
+    values = [[record["l1"] for record in before]]
+    for shade in ("black", "white"):  # of a target picture that is another now no number is kept
+        Image.new("RGB", (128, 128), shade).save(tmp_path / "it.png")
+        values.append([record["l1"] for record in bench.score(made, scorer)])
+    assert all(len(set(of_case)) == 3 for of_case in zip(*values, strict=True))
 
 
 def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_path):
     words = ["bench.rows.a=method.name=plian", "bench.rows.b=method.gidance=3", "bench.rows.c='x"]
+    words += ["bench.rows.d=bench.count=3"]
     with pytest.raises(InputError) as error:
         bench.read([yaml], [*words, f"out={tmp_path / 'out'}"])
     said = str(error.value)
-    assert "3 of 5 rows cannot be used" in said
+    assert "4 of 6 rows cannot be used" in said
+    assert "row 'd': bench.count=3: holds for all rows" in said
     assert "did you mean plain?" in said
     assert "did you mean method.guidance?" in said
     assert "No closing quotation" in said
