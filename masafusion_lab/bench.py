@@ -116,7 +116,10 @@ def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tu
     rows, problems = {}, []
     for name, text in chosen.items():
         try:
-            rows[name] = config.load(files, [*words, *shlex.split(text)])
+            its = shlex.split(text)
+            if whole := [word for word in its if word.startswith(("bench.", "out=", "pidinet="))]:
+                raise InputError(f"{whole[0]}: holds for all rows; write it beside bench.rows, not in one")
+            rows[name] = config.load(files, [*words, *its])
         except (InputError, ValueError) as error:
             problems.append(f"row {name!r}: {error}")
     if problems:

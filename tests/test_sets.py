@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from experiments import figures
 from masafusion_lab import InputError
 from masafusion_lab.data import magicbrush, piebench
 from masafusion_lab.data.case import Made
@@ -281,6 +282,14 @@ def test_of_a_set_the_first_cases_sessions_and_kinds_are_taken(brush, pie, tmp_p
     assert [case.id for case in some] == ["30-1"]
     some = cases(Bench(data="piebench", root=str(pie), count=1, kinds=["random"]), tmp_path)
     assert [case.id for case in some] == ["000000000002"]
+    with pytest.raises(InputError, match=r"'style' is none of change object, change style, random"):
+        cases(Bench(data="piebench", root=str(pie), kinds=["random", "style"]), tmp_path)
+    with pytest.raises(InputError, match=r"'pose' is none of this set, which has none"):
+        cases(Bench(data="magicbrush", root=str(brush), kinds=["pose"]), tmp_path)
+    figure = figures.Figure("fig", {"a": "method.name=plain"}, kinds=("pose",))
+    for data, root, last in (("magicbrush", brush, "139-1"), ("piebench", pie, "000000000001")):
+        made = figures.read(figure, tmp_path, 2, [f"bench.data={data}", f"bench.root={root}"])
+        assert (len(made.cases), made.cases[-1].id) == (2, last)
     book = cases(Bench(count=9, sessions=2), tmp_path)
     assert len(book) == 9 + 6
     assert {case.kind for case in book[:8]} == {
