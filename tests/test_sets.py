@@ -150,6 +150,7 @@ def test_magicbrushs_parquet_becomes_the_archives_layout(brush, tmp_path):
         for name, turns in json.loads((brush / "edit_sessions.json").read_text()).items()
         for k, turn in enumerate(turns, 1)
     ]
+    rows[1:] = rows[:0:-1]  # the turns of a session in any order
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), hub / "data" / "dev-00000-of-00001.parquet")
@@ -195,6 +196,9 @@ def test_a_missing_or_damaged_table_is_named_with_the_remedy(brush, name):
 def test_names_that_lead_out_of_the_set_are_refused(brush, pie):
     change(brush / "edit_sessions.json", lambda table: table["30"][0].update(input="../../../secret.png"))
     with pytest.raises(InputError, match="lies outside"):
+        magicbrush.read_sessions(brush)
+    change(brush / "edit_sessions.json", lambda table: table.update({str(brush / "images" / "30"): table.pop("30")}))
+    with pytest.raises(InputError, match=r"images/30': is no name of a session"):  # a folder of results will have it
         magicbrush.read_sessions(brush)
     change(pie / "mapping_file.json", lambda table: table["000000000000"].update(image_path="/etc/hostname"))
     with pytest.raises(InputError, match="lies outside"):
