@@ -338,6 +338,9 @@ def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(r
     edit = sum(spent for phase, spent in other["seconds"].items() if phase != "invert")
     assert found["too"] == pytest.approx(edit + result["seconds"]["invert"])
     assert found["ours (DI)"] == pytest.approx(sum(result["seconds"].values()))
+    result["from_store"] = True
+    made.place("ours (DI)", "single", made.cases[0]).joinpath("result.json").write_text(json.dumps(result))
+    assert publish.cost(made).keys() == {"plain"}  # nobody timed that inversion
 
 
 def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_path):
@@ -509,6 +512,11 @@ def test_magicbrushs_own_script_finds_the_pictures_where_it_looks(run):
     for how, setting, turn in (("1", "single", 1), ("inde_2", "single", 2), ("iter_3", "multi", 3)):
         want = made.place("plain", setting, turns[turn - 1]) / "target.png"
         assert (folder / name / f"{name}_{how}.png").read_bytes() == want.read_bytes()
+    bench._fail(made.place("plain", "multi", turns[2]), "not finite", made.folder)  # its older picture lies there yet
+    made.place("plain", "single", turns[1]).joinpath("target.png").unlink()
+    publish.as_magicbrush(made)
+    assert {p.stem.removeprefix(f"{name}_") for p in (folder / name).iterdir()} == {"1", "inde_3", "iter_2"}
+    assert bench.error_of(made.place("plain", "single", turns[1]), made.rows["plain"]) == "not edited yet"
 
 
 def test_a_network_that_no_measure_looks_through_is_refused(yaml):
