@@ -324,6 +324,9 @@ def test_a_condition_is_drawn_from_the_target_picture_once(brush, tmp_path):
     (file,) = (tmp_path / "hints").iterdir()
     Image.new("L", SIZE, 77).save(file)
     assert prepare(found[1], **SIZES).hints["canny"].mean().item() == pytest.approx(77 / 255, abs=1e-3)
+    moved = cases(Bench(data="magicbrush", root=str(brush.rename(tmp_path / "moved")), hint="canny"), tmp_path)
+    assert torch.equal(prepare(moved[1], **SIZES).hints["canny"], drawn)  # of another set's pictures it is another
+    brush = tmp_path / "moved"
     with pytest.raises(InputError, match=r"bench.hint=sketch: .*pidinet=FILE"):
         cases(Bench(data="magicbrush", root=str(brush), hint="sketch"), tmp_path)
 

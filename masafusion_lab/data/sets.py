@@ -15,7 +15,7 @@ from masafusion_lab import InputError, hints
 from masafusion_lab.data import folder as folders
 from masafusion_lab.data import magicbrush, picturebook, piebench
 from masafusion_lab.data.case import Case, Made
-from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.data.pictures import named, open_picture
 from masafusion_lab.picturebook.edits import EDITS
 from masafusion_lab.pidinet import sketch
 from masafusion_lab.protocol import Bench
@@ -76,7 +76,7 @@ def _hinted(case: Case, kind: str, folder: Path, pidinet: Path | None) -> Case:
     """The case with a condition drawn from its target picture, once, where it has none and there is one."""
     if not kind or case.hints or case.truth is None:
         return case
-    file = case_folder(folder, case.id).with_suffix(f".{kind}.png")
+    file = case_folder(folder, f"{case.id} {named(case.truth)} {pidinet}").with_suffix(f".{kind}.png")
     return replace(case, hints={kind: Made(f"{case.id}: its {kind}", partial(_drawn, case, kind, file, pidinet))})
 
 
