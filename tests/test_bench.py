@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masafusion_lab import InputError, bench, cli, config, interrupt, launch, phases, publish, tables
+from masafusion_lab import InputError, bench, benchpage, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
 from masafusion_lab.launch import Worker
 from masafusion_lab.methods import METHODS
@@ -312,7 +312,7 @@ def test_the_tables_say_what_the_records_do(run):
     assert re.search(r"\*\*\d+\.\d{4}±", markdown)
 
 
-def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run):
+def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run, monkeypatch):
     made, records = run("a")
     publish.publish(made, records, Scorer.of(made.protocol, {}))
     page = Page(made.folder / "report.html")
@@ -325,6 +325,12 @@ def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothi
     apart = [float(number) for number in re.findall(r"test-\S+?[a-z]\D* → \D*?(\d+\.\d)\s", page.text)]
     assert apart == sorted(apart, reverse=True)
     assert len(apart) == 1 + TURNS
+    monkeypatch.setattr(benchpage, "SHOWN", 1)
+    monkeypatch.setattr(benchpage, "_plot", lambda *args: None)
+    publish.publish(made, records, Scorer.of(made.protocol, {}))
+    page = Page(made.folder / "report.html")
+    assert len([link for link in page.links if link.endswith("report.html")]) == 2
+    assert f"{TURNS} more cases are in the folder" in page.text
 
 
 def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(run):
