@@ -456,7 +456,9 @@ def test_the_rows_of_a_benchmark_that_ships_have_only_settings_that_their_method
     assert path.read_text().startswith(f"# masafusion bench --config configs/{path.name}")
     for name, words in rows.items():
         if methods[name] in METHODS:
-            config.load([path], words)
+            inversion = config.inversion(config.load([path], words))
+            if methods[name] in ("plug_and_play", "masactrl"):  # whose source, as published, no guidance moves
+                assert getattr(inversion, "guidance", 1) == 1
 
 
 def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
