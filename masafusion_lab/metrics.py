@@ -171,12 +171,8 @@ def _mask(pair: Pair) -> Tensor:
 Of: TypeAlias = Callable[[Pair, Encoders], Tensor]
 
 
-def _kept(of: Callable[..., Tensor], *, area: bool) -> Of:
-    return lambda pair, see: of(pair.at_source, pair.source, _mask(pair), area=area)
-
-
-def _psnr_kept(*, area: bool) -> Of:
-    return lambda pair, see: psnr(mse_kept(pair.at_source, pair.source, _mask(pair), area=area))
+def _kept(of: Callable[..., Tensor], *, area: bool, then: Callable[[Tensor], Tensor] = lambda value: value) -> Of:
+    return lambda pair, see: then(of(pair.at_source, pair.source, _mask(pair), area=area))
 
 
 def _lpips(pair: Pair, see: Encoders) -> Tensor:
@@ -239,7 +235,7 @@ MEASURES: dict[str, Measure] = {
     "clip_t_global": Measure("CLIP-T global", True, _to_text("target")),
     # PIE-Bench (Ju et al. 2024, evaluation/matrics_calculator.py), against the source; "kept" is outside the region
     "structure": Measure("structure x1e3", False, _structure(255), 2, 1e3),  # levels that the network was not made for
-    "psnr": Measure("PSNR kept", True, _psnr_kept(area=False), 2),
+    "psnr": Measure("PSNR kept", True, _kept(mse_kept, area=False, then=psnr), 2),
     "lpips": Measure("LPIPS kept x1e3", False, _lpips, 2, 1e3),
     "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 2, 1e4),
     "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 2, 1e2),
@@ -247,7 +243,7 @@ MEASURES: dict[str, Measure] = {
     "clip_edited": Measure("CLIP edited", True, _clip_score(lambda p: p.at_source * _some(_mask(p), EMPTY)), 2),
     # the same, with levels of 0 to 1, and independent of how large the region is
     "structure_unit": Measure("structure, levels 0-1, x1e3", False, _structure(1), 2, 1e3),
-    "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), 2),
+    "psnr_area": Measure("PSNR kept, by area", True, _kept(mse_kept, area=True, then=psnr), 2),
     "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 2, 1e4),
     "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 2, 1e2),
     "clip_cut": Measure("CLIP edited, cut out", True, _clip_score(lambda p: cut_out(p.at_source, _mask(p))), 2),
