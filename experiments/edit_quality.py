@@ -23,6 +23,8 @@ from rich.table import Table
 
 from masafusion_lab import config, lab, phases
 from masafusion_lab.data.picturebook import cases
+from masafusion_lab.data.prepared import tensor
+from masafusion_lab.metrics import mse_kept, psnr
 from masafusion_lab.picturebook.changes import EDITS
 from masafusion_lab.picturebook.edits import edit
 from masafusion_lab.picturebook.judge import Judge, done
@@ -30,12 +32,6 @@ from masafusion_lab.progress import bar
 from masafusion_lab.runs import write_json
 
 BARS = {"keep_gain_db": 3.0, "edit_success": 0.6}
-
-
-def psnr_outside(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    """PSNR in dB of uint8 pictures (H, W, 3) over the pixels where mask (H, W) is False; at most 60."""
-    error = (a[~mask].astype(np.float64) - b[~mask]) / 255
-    return float(min(60.0, -10 * np.log10(max(np.square(error).mean(), 1e-12))))
 
 
 def targets(method: str, inversion: str, count: int, out: Path, words: Sequence[str]) -> list[np.ndarray]:
@@ -50,9 +46,10 @@ def measure(edited: Sequence[np.ndarray], judge: Judge) -> dict[str, list[float]
     found: dict[str, list[float]] = defaultdict(list)
     for index, picture in enumerate(edited):
         example = edit("test", index, EDITS[index % len(EDITS)])
-        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255
-        found["kept_db"].append(psnr_outside(picture, example.source_picture, example.loose))
-        found["done"].append(float(done(judge(pixels), example)[0]))
+        pixels, source = (tensor(Image.fromarray(levels)) for levels in (picture, example.source_picture))
+        mask = torch.from_numpy(example.loose)[None].float()
+        found["kept_db"].append(float(psnr(mse_kept(pixels, source, mask, area=True))))
+        found["done"].append(float(done(judge(pixels[None]), example)[0]))
     return found
 
 

@@ -10,8 +10,8 @@ from experiments.figures import Figure, main
 METHODS = {
     "SDE-DiffEdit": "method.name=sde_diffedit inversion.name=direct",
     "P2P": "method.name=prompt_to_prompt inversion.name=null_text inversion.preset=reference",
-    "PnP": "method.name=plug_and_play inversion.name=ddim",
-    "MasaCtrl": "method.name=masactrl inversion.name=direct",
+    "PnP": "method.name=plug_and_play inversion.name=ddim inversion.guidance=1",
+    "MasaCtrl": "method.name=masactrl inversion.name=direct inversion.prompt=empty",
     "GLIDE's rule": "method.name=glide inversion.name=direct",
     "Blended": "method.name=blended inversion.name=direct",
     "MaSaFusion (NTI)": "method.name=masafusion inversion.name=null_text inversion.preset=reference",

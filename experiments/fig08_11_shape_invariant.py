@@ -6,6 +6,7 @@ The paper reads: methods that share attention reconstruct the source or change t
 changed words alone (EmbCtrl) changes what was asked. None is told the region.
 """
 
+from experiments.fig05_single_turn import METHODS
 from experiments.figures import Figure, main
 
 NTI = "inversion.name=null_text inversion.preset=reference"
@@ -13,9 +14,9 @@ FIGURE = Figure(
     "fig08_11_shape_invariant",
     {
         "plain, NTI": f"method.name=plain {NTI}",
-        "P2P": f"method.name=prompt_to_prompt {NTI}",
-        "PnP": "method.name=plug_and_play inversion.name=ddim",
-        "MasaCtrl, no hint": "method.name=masactrl inversion.name=direct method.hint_until=0",
+        "P2P": METHODS["P2P"],
+        "PnP": METHODS["PnP"],
+        "MasaCtrl, no hint": f"{METHODS['MasaCtrl']} method.hint_until=0",
         "EmbCtrl": f"method.name=embctrl {NTI}",
     },
     kinds=("recolour", "pattern"),

@@ -1,7 +1,8 @@
 """Figures of the paper as small benchmarks: cases in rows, settings in columns, and a table of what they reach.
 
 Every script of this kind takes the same: [--count N] [--out FOLDER] [KEY=VALUE ...], keys as of masafusion bench, such
-as model.path=CompVis/stable-diffusion-v1-4 bench.data=magicbrush bench.root=FOLDER. What is there is not made again.
+as model.path=CompVis/stable-diffusion-v1-4 bench.data=magicbrush bench.root=FOLDER bench.hint=sketch pidinet=FILE. What
+is there is not made again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image, ImageChops, ImageFilter
 from rich.console import Console
 
-from masafusion_lab import bench, config, interrupt, protocol, tables
+from masafusion_lab import InputError, bench, config, interrupt, protocol, tables
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
@@ -60,7 +61,10 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
     parser.add_argument("words", nargs="*", help="key=value settings, such as steps=20 or model.path=FOLDER")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    made = read(figure, given.out, given.count, given.words)
+    try:
+        made = read(figure, given.out, given.count, given.words)
+    except InputError as error:
+        parser.error(str(error))
     with interrupt.handled():
         bench.edit(made, track=bar)
         scorer = Scorer.of(made.protocol, next(iter(made.rows.values())).bench.encoders)
@@ -75,14 +79,16 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
 
 
 def read(figure: Figure, out: Path, count: int, words: Sequence[str]) -> bench.Benchmark:
-    """The benchmark of a figure."""
-    alone, sessions = (0, count) if figure.turns == "multi" else (count, 0)
+    """The benchmark of a figure; of a set of sessions, where each turn is edited by itself, the first `count` turns."""
+    named, multi = any(word.startswith("bench.data=") for word in words), figure.turns == "multi"
+    alone, sessions = 0 if multi else count, count if multi or named else 0
     usual = [f"out={out}", f"bench.count={alone}", f"bench.sessions={sessions}", *figure.words]
-    if figure.kinds and not any(word.startswith("bench.data=") for word in words):
+    if figure.kinds and not named:
         usual.append(f"bench.kinds={','.join(figure.kinds)}")
     rows = {title: config.load(words=[*usual, *shlex.split(text), *words]) for title, text in figure.variants.items()}
     base = next(iter(rows.values()))
     cases = sets.cases(base.bench, out, Path(base.pidinet) if base.pidinet else None)
+    cases = cases if multi else cases[: base.bench.count]
     return bench.Benchmark(out, rows, cases, (figure.turns,), protocol.of(base.bench))
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from masafusion_lab import config, lab, phases
 from masafusion_lab.data.picturebook import cases
+from masafusion_lab.metrics import l2, psnr
 from masafusion_lab.progress import bar
 from masafusion_lab.runs import write_json
 
@@ -30,11 +30,6 @@ ROWS = {
     "null-text, paper": ["inversion.name=null_text", "inversion.preset=paper"],
     "null-text, reference": ["inversion.name=null_text", "inversion.preset=reference"],
 }
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """PSNR in dB of pictures (3, H, W) in [0, 1]."""
-    return float(-10 * torch.log10((a - b).square().mean().clamp(min=1e-12)))
 
 
 def run(count: int, words: list[str]) -> dict[str, dict[str, float]]:
@@ -47,10 +42,11 @@ def run(count: int, words: list[str]) -> dict[str, dict[str, float]]:
         spent = time.perf_counter() - start
         for case, record, _ in inverted:
             picture = its.prepare(case).pixels
-            found.append(psnr(its.model.decode(record.states[-1])[0].cpu(), picture))
+            found.append(float(psnr(l2(its.model.decode(record.states[-1])[0].cpu(), picture))))
             if name == "direct":
                 x0 = its.model.encode(picture[None])
-                facts.setdefault("round trip", {"all": []})["all"].append(psnr(its.model.decode(x0)[0].cpu(), picture))
+                trip = psnr(l2(its.model.decode(x0)[0].cpu(), picture))
+                facts.setdefault("round trip", {"all": []})["all"].append(float(trip))
         facts[name] = {"all": found}
         if not any(hit for *_, hit in inverted):
             facts[name]["seconds"] = spent / count

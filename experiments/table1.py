@@ -19,7 +19,8 @@ CONFIG = "configs/table1_picturebook.yaml"
 def main() -> None:
     """Run it."""
     words = sys.argv[1:]
-    sys.argv = ["masafusion", "bench", *([] if "--config" in words else ["--config", CONFIG]), *words]
+    usual = [] if any(word.startswith("--config") for word in words) else ["--config", CONFIG]
+    sys.argv = ["masafusion", "bench", *usual, *words]
     cli.main()
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.methods import inversion_rows
 from experiments.speed import command
+from masafusion_lab import config, lab
 from masafusion_lab.look import panel, save, styled
 from masafusion_lab.runs import write_json
 
@@ -25,17 +27,26 @@ RUNS = {
     "NTI, reference": ["inversion.name=null_text", "inversion.preset=reference"],
 }
 PAPER = {"DI": 43.9, "NTI, paper": 184.2}
+COLUMNS = {
+    "invert": ("invert, s", 1), "edit": ("edit, s", 1), "whole": ("whole, s", 1), "inverted": ("rows to invert", 0),
+    "rows": ("rows of the edit", 0), "memory_gb": ("memory, GB", 1), "ratio": ("over DI", 1),
+}  # fmt: skip
+"""Key to heading and digits."""
 
 
 def run(repeat: int, words: list[str]) -> dict[str, dict[str, float]]:
-    """By inversion the medians: seconds by phase and whole, rows of the edit, the most memory held."""
+    """By inversion the medians: seconds by phase and whole, UNet rows by phase, the most memory held.
+
+    Those of an inversion are at most so many, its early stop aside, and a backward pass counts as two forward ones.
+    """
     found = {}
     for name, settings in RUNS.items():
-        taken = []
+        experiment, taken = config.load(words=[*settings, *words]), []
+        inverted = inversion_rows(lab.chosen(experiment)[0], experiment.steps)
         for _ in range(repeat):
             whole, result = command([*settings, *words])
             edit = sum(spent for phase, spent in result["seconds"].items() if phase != "invert")
-            taken.append({"invert": result["seconds"]["invert"], "edit": edit, "whole": whole,
+            taken.append({"invert": result["seconds"]["invert"], "edit": edit, "whole": whole, "inverted": inverted,
                           "rows": result["rows"], "memory_gb": result["peak_memory_gb"]})  # fmt: skip
         found[name] = {key: statistics.median(each[key] for each in taken) for key in taken[0]}
     for row in found.values():
@@ -70,9 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", help="key=value settings, such as model.path=FOLDER image=FILE")
     given = parser.parse_args(argv)
     found = run(given.repeat, given.words)
-    table = Table("", "invert, s", "edit, s", "whole, s", "rows of the edit", "memory, GB", "over DI", "paper")
+    table = Table("", *(head for head, _ in COLUMNS.values()), "paper")
     for name, row in found.items():
-        numbers = (f"{row[key]:.1f}" for key in ("invert", "edit", "whole", "rows", "memory_gb", "ratio"))
+        numbers = (f"{row[key]:.{digits}f}" for key, (_, digits) in COLUMNS.items())
         table.add_row(name, *numbers, f"{PAPER[name] / PAPER['DI']:.1f}" if name in PAPER else "")
     Console().print(table)
     write_json(given.out / "timing.json", found)

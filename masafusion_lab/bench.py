@@ -24,7 +24,7 @@ from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
 from masafusion_lab.protocol import QUICK, Protocol
-from masafusion_lab.runs import begin_case, case_folder, read_json, write_json
+from masafusion_lab.runs import begin_case, case_folder, is_done, read_json, write_json
 from masafusion_lab.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,10 @@ def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tu
     rows, problems = {}, []
     for name, text in chosen.items():
         try:
-            rows[name] = config.load(files, [*words, *shlex.split(text)])
+            its = shlex.split(text)
+            if whole := [word for word in its if word.startswith(("bench.", "out=", "pidinet="))]:
+                raise InputError(f"{whole[0]}: holds for all rows; write it beside bench.rows, not in one")
+            rows[name] = config.load(files, [*words, *its])
         except (InputError, ValueError) as error:
             problems.append(f"row {name!r}: {error}")
     if problems:
@@ -140,6 +143,7 @@ def edit(
     lab_of = labs or labs_of_rows()
     with _unwarned():
         for batch in track([batch for name in bench.rows for batch in _batches(name, bench)], "editing"):
+            interrupt.check()
             row = bench.rows[batch[0].row]
             lab, ready = lab_of(batch[0].row, row), []
             for cell in batch:
@@ -255,7 +259,7 @@ def error_of(place: Path, row: config.Experiment) -> str | None:
     if said := read_json(place / "error.json").get("error"):
         return str(said)
     result = read_json(place / "result.json")
-    if not result:
+    if not is_done(place, result.get("key", "")):
         return "not edited yet"
     aside = {"batch": None, "model.device": None}
     same = json.loads(json.dumps(changes(row, *chosen(row)))) | aside == result["changed"] | aside
@@ -280,7 +284,7 @@ def score(bench: Benchmark, scorer: Scorer, *, again: bool = False, track: Track
                 "final": cell.final,
                 "kind": case.kind,
                 "error": why or "",
-                "missing": "\n".join(f"{name}: {reason}" for name, reason in missing.items()),
+                "missing": "\n".join(f"{name}: {' '.join(reason.split())}" for name, reason in missing.items()),
                 **{name: values.get(name, math.nan) for name in bench.protocol.columns},
             }
         )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Case
+from masafusion_lab.data.case import Case, Picture
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.look import SERIES, save, styled
 from masafusion_lab.metrics import MEASURES
@@ -62,8 +62,8 @@ def write_page(
         note=NOTE,
         plots=[plot.relative_to(folder).as_posix() for plot in plots if plot],
         names=found[0].names if found else [],
-        lines=lines[:SHOWN],
-        left_out=max(0, len(lines) - SHOWN),
+        lines=lines,
+        left_out=len({record["case"] for record in records}) - len(lines),
         facts=facts,
     )
     path = folder / "report.html"
@@ -74,50 +74,50 @@ def write_page(
 def contact(
     folder: Path, records: Sequence[Record], place: Callable[[Record], Path], cases: Mapping[str, Case]
 ) -> list[Line]:
-    """The lines of the contact sheet, of the records edited by themselves, those that lie farthest apart first.
+    """The lines of the contact sheet, of the records edited by themselves, the SHOWN that lie farthest apart.
 
-    Writes thumbnails into FOLDER/thumbs. How far apart: the mean over pixels of the standard deviation
-    over rows, in levels of 255.
+    The farthest first; writes thumbnails of theirs into FOLDER/thumbs. How far apart: the mean over pixels of the
+    standard deviation over rows, in levels of 255.
     """
-    rows = list(dict.fromkeys(record["row"] for record in records))
-    by_case: dict[str, dict[str, Record]] = {}
+    by_case: dict[str, list[Path | str]] = {}  # by row its folder, or why there is none
     for record in records:
         if record["setting"] == records[0]["setting"]:
-            by_case.setdefault(record["case"], {})[record["row"]] = record
+            by_case.setdefault(record["case"], []).append(record["error"] or place(record))
+    apart = {case: _apart([where for where in its if isinstance(where, Path)]) for case, its in by_case.items()}
     lines = []
-    for case, its in by_case.items():
-        out, seen = list[tuple[str, ...]](), []
-        for row in rows:
-            record = its[row]
-            where = place(record)
-            if record["error"]:
-                out.append(("", "", record["error"]))
+    for case in sorted(by_case, key=lambda case: -apart[case])[:SHOWN]:
+        out, given = list[tuple[str, ...]](), []
+        for where in by_case[case]:
+            if isinstance(where, str):
+                out.append(("", "", where))
                 continue
             thumb = folder / "thumbs" / f"{where.parts[-3]}-{where.name}.png"
-            seen.append(_thumbnail(open_picture(where / "target.png"), thumb))
+            _thumbnail(where / "target.png", thumb)
             files = thumb, where / "report.html"
             out.append((*(file.relative_to(folder).as_posix() for file in files), ""))
-        apart = float(np.std(seen, axis=0).mean()) if len(seen) > 1 else 0.0
-        given = []
         for name, picture in (("source", cases[case].image), ("truth", cases[case].truth)):
             if picture is not None:
                 thumb = case_folder(folder / "thumbs", case).with_suffix(f".{name}.png")
                 try:
-                    _thumbnail(open_picture(picture), thumb)
+                    _thumbnail(picture, thumb)
                 except InputError:  # said where the case failed, or is not scored
                     continue
                 given.append(thumb.relative_to(folder).as_posix())
-        lines.append(Line(cases[case], given, apart, out))
-    return sorted(lines, key=lambda line: -line.apart)
+        lines.append(Line(cases[case], given, apart[case], out))
+    return lines
 
 
-def _thumbnail(image: Image.Image, thumb: Path) -> np.ndarray:
-    """The picture's levels (32, 32, 3); its thumbnail is written."""
-    small = image.copy()
+def _apart(folders: Sequence[Path]) -> float:
+    """How far results lie apart."""
+    seen = [open_picture(folder / "target.png").resize((32, 32), Image.Resampling.BOX) for folder in folders]
+    return float(np.std([np.asarray(image, np.float32) for image in seen], axis=0).mean()) if len(seen) > 1 else 0.0
+
+
+def _thumbnail(picture: Picture, thumb: Path) -> None:
+    small = open_picture(picture)
     small.thumbnail((2 * THUMB, 2 * THUMB))
     with replacing(thumb) as partial:
         small.save(partial)
-    return np.asarray(image.resize((32, 32), Image.Resampling.BOX), np.float32)
 
 
 @styled

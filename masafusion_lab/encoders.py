@@ -112,10 +112,9 @@ class Networks:
     def keys(self, picture: Tensor) -> Tensor:
         """The keys (tokens, d) of DINO's last layer, its heads side by side; levels are taken as they are given."""
         (model, _), view = self._get("dino"), self.views["keys"]
-        height, width = picture.shape[-2:]
-        scale = (view.side or model.config.image_size) / min(height, width)
-        sides = int(height * scale), int(width * scale)
-        shown = F.interpolate(picture[None], sides, mode="bilinear", antialias=True)[0]
+        side, short = view.side or model.config.image_size, min(picture.shape[-2:])
+        sides = [int(side * long / short) for long in picture.shape[-2:]]
+        shown = F.interpolate(picture[None], sides, mode="bilinear")[0]  # as the torchvision 0.13 of PIE-Bench's script
         layer = [module for name, module in model.named_modules() if name.endswith((".k_proj", ".key"))][-1]
         seen: list[Tensor] = []
         hook = layer.register_forward_hook(lambda module, given, out: seen.append(out))

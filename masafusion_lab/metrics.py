@@ -96,6 +96,8 @@ def mse_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
 def ssim_kept(a: Tensor, b: Tensor, mask: Tensor, *, area: bool) -> Tensor:
     """Mean SSIM of two pictures whose edited pixels are black: over the kept pixels, or, as PIE-Bench, over all."""
     keep = _some(1 - mask, "the mask leaves nothing outside")
+    if min(a.shape[-2:]) < 6:
+        raise InputError("the picture is smaller than half of SSIM's window of 11 pixels")
     _, full = structural_similarity_index_measure(
         (a * keep)[None], (b * keep)[None], data_range=1.0, return_full_image=True
     )
@@ -115,8 +117,10 @@ def structure(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cut_out(picture: Tensor, mask: Tensor) -> Tensor:
-    """The smallest rectangle of a picture that holds the mask."""
-    rows, columns = (_some(mask, EMPTY)[0].amax(dim).nonzero().flatten() for dim in (1, 0))
+    """The smallest rectangle of a picture that holds the mask, but for the border that PIE-Bench adds to every mask."""
+    inner = F.pad(mask[:, 1:-1, 1:-1], (1, 1, 1, 1))
+    held = inner if inner.any() else _some(mask, EMPTY)
+    rows, columns = (held[0].amax(dim).nonzero().flatten() for dim in (1, 0))
     return picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -167,12 +171,8 @@ def _mask(pair: Pair) -> Tensor:
 Of: TypeAlias = Callable[[Pair, Encoders], Tensor]
 
 
-def _kept(of: Callable[..., Tensor], *, area: bool) -> Of:
-    return lambda pair, see: of(pair.at_source, pair.source, _mask(pair), area=area)
-
-
-def _psnr_kept(*, area: bool) -> Of:
-    return lambda pair, see: psnr(mse_kept(pair.at_source, pair.source, _mask(pair), area=area))
+def _kept(of: Callable[..., Tensor], *, area: bool, then: Callable[[Tensor], Tensor] = lambda value: value) -> Of:
+    return lambda pair, see: then(of(pair.at_source, pair.source, _mask(pair), area=area))
 
 
 def _lpips(pair: Pair, see: Encoders) -> Tensor:
@@ -235,7 +235,7 @@ MEASURES: dict[str, Measure] = {
     "clip_t_global": Measure("CLIP-T global", True, _to_text("target")),
     # PIE-Bench (Ju et al. 2024, evaluation/matrics_calculator.py), against the source; "kept" is outside the region
     "structure": Measure("structure x1e3", False, _structure(255), 2, 1e3),  # levels that the network was not made for
-    "psnr": Measure("PSNR kept", True, _psnr_kept(area=False), 2),
+    "psnr": Measure("PSNR kept", True, _kept(mse_kept, area=False, then=psnr), 2),
     "lpips": Measure("LPIPS kept x1e3", False, _lpips, 2, 1e3),
     "mse": Measure("MSE kept x1e4", False, _kept(mse_kept, area=False), 2, 1e4),
     "ssim": Measure("SSIM kept x1e2", True, _kept(ssim_kept, area=False), 2, 1e2),
@@ -243,7 +243,7 @@ MEASURES: dict[str, Measure] = {
     "clip_edited": Measure("CLIP edited", True, _clip_score(lambda p: p.at_source * _some(_mask(p), EMPTY)), 2),
     # the same, with levels of 0 to 1, and independent of how large the region is
     "structure_unit": Measure("structure, levels 0-1, x1e3", False, _structure(1), 2, 1e3),
-    "psnr_area": Measure("PSNR kept, by area", True, _psnr_kept(area=True), 2),
+    "psnr_area": Measure("PSNR kept, by area", True, _kept(mse_kept, area=True, then=psnr), 2),
     "mse_area": Measure("MSE kept, by area, x1e4", False, _kept(mse_kept, area=True), 2, 1e4),
     "ssim_area": Measure("SSIM kept, by area, x1e2", True, _kept(ssim_kept, area=True), 2, 1e2),
     "clip_cut": Measure("CLIP edited, cut out", True, _clip_score(lambda p: cut_out(p.at_source, _mask(p))), 2),

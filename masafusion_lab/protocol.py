@@ -22,7 +22,7 @@ class Bench:
     sessions: int | None = None
     """Of the sessions (several turns of editing) the first so many; null: all."""
     kinds: list[str] = field(default_factory=list)
-    """Only edits of these kinds, in the set's own words; empty: all."""
+    """Of the cases that stand alone only edits of these kinds, in the set's own words; empty: all."""
     exact: bool = True
     """Whether on the CPU cases are edited one by one, so that no pixel depends on batch=; false: batch= at once."""
     turns: Literal["both", "single", "multi"] = "both"
@@ -34,7 +34,8 @@ class Bench:
     only: list[str] = field(default_factory=list)
     """Of the rows only these; empty: all."""
     encoders: dict[str, str] = field(default_factory=dict)
-    """Folder or hub id of a network (clip, dino, judge, lpips), if not the protocol's."""
+    """Folder or hub id of a network (clip, dino, judge), if not the protocol's; of lpips alex, vgg or squeeze, whose
+    weights torch.hub keeps (TORCH_HOME)."""
 
 
 SELECTING = ("rows", "only", "count", "sessions", "kinds", "encoders")
@@ -94,6 +95,7 @@ PROTOCOLS = {
             SEVEN,
             {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dino-vitb8", "lpips": "squeeze"},
             {"clip": "clip", "dino": "dino", "keys": "structure"},
+            version=2,
         ),
     )
 }

@@ -127,32 +127,38 @@ def publish(
 
 
 def cost(bench: Benchmark) -> dict[str, float]:
-    """By row the mean seconds of an edit, and of an inversion like its own, which another row may have stored."""
+    """By row the mean seconds of an edit, and of an inversion like its own, which another row may have stored.
+
+    A row is left out if no such inversion was timed, all being in the store before.
+    """
     edits: dict[str, list[float]] = {}
     inversions: dict[str, list[float]] = {}
     like: dict[str, str] = {}
     for name, row in bench.rows.items():
+        reads = config.method(row).needs.inversion
         for place in dict.fromkeys(bench.at(cell) for cell in bench.cells(name)):
             if error_of(place, row) is None:
                 result = read_json(place / "result.json")
                 like[name] = json.dumps(result["inversion"], sort_keys=True)
                 edits.setdefault(name, []).append(sum(s for phase, s in result["seconds"].items() if phase != "invert"))
-                if not result["from_store"]:
+                if not (reads and result["from_store"]):
                     inversions.setdefault(like[name], []).append(result["seconds"]["invert"])
-    return {name: fmean(its) + fmean(inversions.get(like[name], [0.0])) for name, its in edits.items()}
+    return {name: fmean(its) + fmean(inversions[like[name]]) for name, its in edits.items() if like[name] in inversions}
 
 
 def as_magicbrush(bench: Benchmark) -> None:
     """Link all results into magicbrush/ROW/ID/ID_1.png, ID_inde_K.png and ID_iter_K.png, as its script wants them."""
-    for row in bench.rows:
+    for row, experiment in bench.rows.items():
         for cell in bench.cells(row):
             picture, case = bench.at(cell) / "target.png", cell.case
-            if case.session is None or not picture.is_file():
+            if case.session is None:
                 continue
             how = "1" if case.turn == 1 else f"{'inde' if cell.setting == 'single' else 'iter'}_{case.turn}"
             link = case_folder(bench.folder / "magicbrush", row) / case.session / f"{case.session}_{how}.png"
-            link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
+            if error_of(bench.at(cell), experiment) is not None:  # what lies there is of other settings
+                continue
+            link.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(picture, link)
             except OSError:  # a file system without links

@@ -134,6 +134,9 @@ def write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         if len({float if isinstance(row[name], int) else type(row[name]) for row in there}) > 1:
             for row in there:
                 row[name] = str(row[name])
+        for row in there:
+            if isinstance(row[name], str):  # such as a file's name that is no UTF-8
+                row[name] = row[name].encode("utf-8", "backslashreplace").decode()
     with replacing(path) as partial:
         parquet.write_table(Table.from_pylist(rows), partial, compression="zstd")
 

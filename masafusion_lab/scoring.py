@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.data.case import Case, Picture
+from masafusion_lab.data.case import Box, Case, Made, Picture
 from masafusion_lab.data.pictures import open_picture
 from masafusion_lab.data.prepared import region, tensor
 from masafusion_lab.encoders import Networks
@@ -27,6 +28,7 @@ def pair(case: Case, picture: Picture) -> Pair:
     """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)
+    mask = case.mask if case.scored is None else case.scored
 
     def at(size: tuple[int, int]) -> Tensor:
         return tensor(edited if edited.size == size else edited.resize(size, Image.Resampling.BICUBIC))
@@ -39,9 +41,21 @@ def pair(case: Case, picture: Picture) -> Pair:
         local=case.target if case.caption is None else case.caption,
         truth=None if truth is None else tensor(truth),
         at_truth=None if truth is None else at(truth.size),
-        mask=None if case.mask is None else region(case.mask, source, source.size),
+        mask=None if mask is None else region(mask, source, source.size),
         drawn=case.drawn,
     )
+
+
+def _digest(picture: Picture | Box | None) -> Any:
+    """What tells a picture from another, without decoding it."""
+    if isinstance(picture, Path):
+        try:
+            return hashlib.sha256(picture.read_bytes()).hexdigest()
+        except OSError:  # said when it is opened
+            return None
+    if isinstance(picture, Image.Image):
+        return hashlib.sha256(picture.tobytes()).hexdigest()
+    return picture.name if isinstance(picture, Made) else picture
 
 
 @dataclass(frozen=True)
@@ -61,10 +75,12 @@ class Scorer:
     def score(self, case: Case, folder: Path, *, again: bool = False) -> tuple[dict[str, float], dict[str, str]]:
         """The values of an edited case by measure, NaN with its reason where there is none; kept in scores.json.
 
-        What is there is taken if it was made by the same protocol and networks of the same edit, unless `again`.
+        What is there is taken if it was made by the same protocol and networks of the same edit, beside the same
+        pictures and caption, unless `again`.
         """
         columns, edited = self.protocol.columns, read_json(folder / "result.json").get("key")
-        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited]
+        beside = [case.caption, *map(_digest, (case.image, case.truth, case.mask, case.scored))]
+        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited, beside]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         found = read_json(folder / "scores.json")
         if again or found.get("key") != key:

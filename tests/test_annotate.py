@@ -147,6 +147,10 @@ def test_a_manifest_made_elsewhere_keeps_what_the_annotation_does_not_touch(fold
     annotated.annotate(folder, "one", {}, {"mask": region((48, 32), (4, 4, 20, 20))})
     one, _ = read_cases(folder / annotated.MANIFEST)
     assert one.mask.name.startswith("one-")
+    (folder / annotated.MANIFEST).write_text('{"id": "b", "image": "a.jpg", "source": "s"}\n')
+    assert [*annotated.annotated(folder)] == ["b", "b.png", "c", "truth"]
+    annotated.annotate(folder, "b.png", {"source": "t"}, {})
+    assert [case.source for case in read_cases(folder / annotated.MANIFEST)] == ["s", "t"]
 
 
 def test_saying_nothing_leaves_no_row_and_no_manifest_that_cannot_be_read(folder):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from masafusion_lab import InputError, bench, cli, config, interrupt, launch, phases, publish, tables
+from masafusion_lab import InputError, bench, benchpage, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
 from masafusion_lab.launch import Worker
 from masafusion_lab.methods import METHODS
@@ -255,24 +255,30 @@ def test_an_encoder_that_cannot_be_had_makes_its_columns_na_and_no_other(run, tm
 
 
 def test_a_target_picture_that_cannot_be_read_is_a_reason_and_not_the_end(run, tmp_path):
-    made, _ = run("a", "bench.only=plain")
-    cases = [dataclasses.replace(case, truth=tmp_path / "gone.png") for case in made.cases]
+    made, before = run("a", "bench.only=plain")
+    kept = {path: path.read_bytes() for path in made.folder.rglob("scores.json")}
+    cases = [dataclasses.replace(case, truth=tmp_path / "it.png") for case in made.cases]
     made = dataclasses.replace(made, cases=cases)
     scorer = Scorer.of(made.protocol, {})
-    for path in made.folder.rglob("scores.json"):
-        path.unlink()
     records = bench.score(made, scorer)
-    assert all(np.isnan(record["l1"]) and "gone.png" in record["missing"] for record in records)
+    assert all(np.isnan(record["l1"]) and "it.png" in record["missing"] for record in records)
     assert "n/a" in tables.as_markdown(publish.publish(made, records, scorer))
-    assert not list(made.folder.rglob("scores.json"))
+    assert {path: path.read_bytes() for path in made.folder.rglob("scores.json")} == kept
+    values = [[record["l1"] for record in before]]
+    for shade in ("black", "white"):  # of a target picture that is another now no number is kept
+        Image.new("RGB", (128, 128), shade).save(tmp_path / "it.png")
+        values.append([record["l1"] for record in bench.score(made, scorer)])
+    assert all(len(set(of_case)) == 3 for of_case in zip(*values, strict=True))
 
 
 def test_rows_that_cannot_be_are_all_named_before_anything_is_made(yaml, tmp_path):
     words = ["bench.rows.a=method.name=plian", "bench.rows.b=method.gidance=3", "bench.rows.c='x"]
+    words += ["bench.rows.d=bench.count=3"]
     with pytest.raises(InputError) as error:
         bench.read([yaml], [*words, f"out={tmp_path / 'out'}"])
     said = str(error.value)
-    assert "3 of 5 rows cannot be used" in said
+    assert "4 of 6 rows cannot be used" in said
+    assert "row 'd': bench.count=3: holds for all rows" in said
     assert "did you mean plain?" in said
     assert "did you mean method.guidance?" in said
     assert "No closing quotation" in said
@@ -306,7 +312,7 @@ def test_the_tables_say_what_the_records_do(run):
     assert re.search(r"\*\*\d+\.\d{4}±", markdown)
 
 
-def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run):
+def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run, monkeypatch):
     made, records = run("a")
     publish.publish(made, records, Scorer.of(made.protocol, {}))
     page = Page(made.folder / "report.html")
@@ -319,6 +325,12 @@ def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothi
     apart = [float(number) for number in re.findall(r"test-\S+?[a-z]\D* → \D*?(\d+\.\d)\s", page.text)]
     assert apart == sorted(apart, reverse=True)
     assert len(apart) == 1 + TURNS
+    monkeypatch.setattr(benchpage, "SHOWN", 1)
+    monkeypatch.setattr(benchpage, "_plot", lambda *args: None)
+    publish.publish(made, records, Scorer.of(made.protocol, {}))
+    page = Page(made.folder / "report.html")
+    assert len([link for link in page.links if link.endswith("report.html")]) == 2
+    assert f"{TURNS} more cases are in the folder" in page.text
 
 
 def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(run):
@@ -332,6 +344,9 @@ def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(r
     edit = sum(spent for phase, spent in other["seconds"].items() if phase != "invert")
     assert found["too"] == pytest.approx(edit + result["seconds"]["invert"])
     assert found["ours (DI)"] == pytest.approx(sum(result["seconds"].values()))
+    result["from_store"] = True
+    made.place("ours (DI)", "single", made.cases[0]).joinpath("result.json").write_text(json.dumps(result))
+    assert publish.cost(made).keys() == {"plain"}  # nobody timed that inversion
 
 
 def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_path):
@@ -441,7 +456,9 @@ def test_the_rows_of_a_benchmark_that_ships_have_only_settings_that_their_method
     assert path.read_text().startswith(f"# masafusion bench --config configs/{path.name}")
     for name, words in rows.items():
         if methods[name] in METHODS:
-            config.load([path], words)
+            inversion = config.inversion(config.load([path], words))
+            if methods[name] in ("plug_and_play", "masactrl"):  # whose source, as published, no guidance moves
+                assert getattr(inversion, "guidance", 1) == 1
 
 
 def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
@@ -503,6 +520,11 @@ def test_magicbrushs_own_script_finds_the_pictures_where_it_looks(run):
     for how, setting, turn in (("1", "single", 1), ("inde_2", "single", 2), ("iter_3", "multi", 3)):
         want = made.place("plain", setting, turns[turn - 1]) / "target.png"
         assert (folder / name / f"{name}_{how}.png").read_bytes() == want.read_bytes()
+    bench._fail(made.place("plain", "multi", turns[2]), "not finite", made.folder)  # its older picture lies there yet
+    made.place("plain", "single", turns[1]).joinpath("target.png").unlink()
+    publish.as_magicbrush(made)
+    assert {p.stem.removeprefix(f"{name}_") for p in (folder / name).iterdir()} == {"1", "inde_3", "iter_2"}
+    assert bench.error_of(made.place("plain", "single", turns[1]), made.rows["plain"]) == "not edited yet"
 
 
 def test_a_network_that_no_measure_looks_through_is_refused(yaml):

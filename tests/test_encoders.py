@@ -79,6 +79,10 @@ def test_the_class_token_and_the_keys_are_those_of_the_last_layer(places, networ
     torch.testing.assert_close(networks.dino(picture), token, atol=1e-4, rtol=1e-4)
     assert networks.keys(picture).shape == (17, 32)
     assert networks.keys(noise(3, (224, 336))).shape == (1 + 4 * 6, 32)
+    fine, coarse = noise(4, (448, 448)), networks.keys
+    mean = torch.nn.functional.avg_pool2d(fine, 2)  # bilinear, not antialiased, at half the size
+    torch.testing.assert_close(coarse(fine), coarse(mean), atol=1e-4, rtol=1e-4)
+    assert all(networks.keys(noise(5, (side, side))).shape == (17, 32) for side in (107, 277))
 
 
 def test_texts_differ_are_cut_at_the_towers_length_and_ignore_their_padding(networks):

@@ -62,10 +62,16 @@ def test_budget_and_drift_are_measured_from_the_same_first_turn(words, tmp_path,
     assert pixels[2:] != latents[2:]
 
 
-def test_timing_is_drawn_with_the_papers_ratio_beside_ours(tmp_path):
-    row = {"invert": 1.0, "edit": 3.0, "whole": 6.0, "rows": 10, "memory_gb": 0.5, "ratio": 1.0}
-    timing.draw(dict.fromkeys(timing.RUNS, row), tmp_path / "timing")
+def test_timing_is_drawn_with_the_papers_ratio_beside_ours(tmp_path, monkeypatch, capsys):
+    def command(words):
+        seconds = {"invert": 12.0 if "inversion.name=null_text" in words else 1.0, "denoise": 3.0, "decode": 1.0}
+        return 20.0, {"seconds": seconds, "rows": 500, "peak_memory_gb": 0.5}
+
+    monkeypatch.setattr(timing, "command", command)
+    timing.main(["--out", str(tmp_path)])
     assert Image.open(tmp_path / "timing.png").width > 1000
+    found = json.loads((tmp_path / "timing.json").read_text())
+    assert [(row["inverted"], row["ratio"]) for row in found.values()] == [(50, 1), (1700, 3.2), (1700, 3.2)]
     assert timing.PAPER["NTI, paper"] / timing.PAPER["DI"] == pytest.approx(4.2, abs=0.01)
 
 

@@ -123,6 +123,7 @@ def test_all_mistakes_are_listed_at_once_with_their_lines(root):
         (".csv", 'image,source\na.png,"never closed\n', "line 2: is not CSV"),
         (".jsonl", '{"image": "a.png"}\n{"image": 1}\n', "line 2: image=1 is not text"),
         (".jsonl", '{"image": "a.png"}\n\n{"image": \n', "line 3: is not JSON"),
+        (".jsonl", '{"image": "a.png", "id": "\\ud83e"}', "line 1: id='\\ud83e' holds half a character"),
         (".jsonl", '["a.png"]', "line 1: is not a JSON object"),
         (".jsonl", '{"image": "a.png", "image": "b.JPG"}', "line 1: is not JSON ('image' twice)"),
         (".jsonl", "[" * 100_000, "line 1: is not JSON"),

@@ -10,7 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from torchmetrics.regression import MeanSquaredError
 
 from masafusion_lab import InputError
-from masafusion_lab.metrics import IDENTICAL, MEASURES, Mean, Pair, budget, measure, structure
+from masafusion_lab.metrics import IDENTICAL, MEASURES, Mean, Pair, budget, cut_out, measure, structure
 from masafusion_lab.protocol import of_sweep
 
 PUBLISHED, AREA = ("psnr", "mse", "ssim"), ("psnr_area", "mse_area", "ssim_area")
@@ -86,9 +86,11 @@ def test_piebenchs_metrics_equal_the_arithmetic_of_its_script():
     assert value("psnr", p) == pytest.approx(PeakSignalNoiseRatio(data_range=1.0)(a, b).item(), abs=1e-5)
     assert value("ssim", p) == pytest.approx(StructuralSimilarityIndexMeasure(data_range=1.0)(a, b).item(), abs=1e-6)
     assert value("mse", p) == pytest.approx(MeanSquaredError()(a[0].contiguous(), b[0].contiguous()).item(), abs=1e-6)
-    shown = p.edited * p.mask
-    want = 100 * (1 - scipy_cosine(SEE.clip(shown).numpy(), SEE.text("a dog").numpy()))
-    assert value("clip_edited", p) == pytest.approx(max(want, 0), abs=1e-4)
+    much = pair(mask=box(0.9))
+    for name, of, shown in (("clip_edited", much, much.edited * much.mask), ("clip_whole", p, p.edited)):
+        want = 100 * (1 - scipy_cosine(SEE.clip(shown).numpy(), SEE.text("a dog").numpy()))
+        assert value(name, of) == pytest.approx(want, abs=1e-4)
+    assert value("clip_edited", p) == 0  # where the cosine is negative
 
 
 def test_what_a_sweep_trades_off_equals_its_formula_over_the_pixels_of_the_region():
@@ -184,12 +186,17 @@ def test_the_direction_of_a_metric_is_that_in_which_less_damage_lies(name):
     assert (good > bad) == MEASURES[name].higher_is_better
 
 
+THIN = {"mask": box(0.5, (5, 56))}
+SMALL = "the picture is smaller than half of SSIM's window of 11 pixels"
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "why"),
     [
         ("l1", {"truth": None}, "no target picture is known"),
         ("psnr", {"mask": box(1)}, "the mask leaves nothing outside"),
         ("ssim_area", {"mask": box(1)}, "the mask leaves nothing outside"),
+        ("ssim", {name: noise(k, (5, 56)) for k, name in enumerate(("edited", "source"))} | THIN, SMALL),
         ("clip_edited", {"mask": box(0)}, "the mask is empty"),
         ("clip_cut", {"mask": box(0)}, "the mask is empty"),
         ("lpips", {}, "LPIPS: its backbone cannot be had"),
@@ -207,7 +214,9 @@ def test_the_cut_out_is_the_smallest_box_around_the_mask():
     mask[0, 3:9, 10:20] = 1
     p = pair(mask=mask)
     want = 100 * (1 - scipy_cosine(SEE.clip(p.edited[:, 3:9, 10:20]).numpy(), SEE.text("a dog").numpy()))
-    assert value("clip_cut", p) == pytest.approx(max(want, 0), abs=1e-4)
+    assert value("clip_cut", p) == pytest.approx(want, abs=1e-4)
+    mask[:, [0, -1]], mask[..., [0, -1]] = 1, 1  # as PIE-Bench's are, all of them
+    assert torch.equal(cut_out(p.edited, mask), p.edited[:, 3:9, 10:20])
 
 
 def test_the_budget_of_what_is_kept_puts_each_error_where_it_was_made():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from experiments import figures
 from masafusion_lab import InputError
 from masafusion_lab.data import magicbrush, piebench
 from masafusion_lab.data.case import Made
@@ -149,6 +150,7 @@ def test_magicbrushs_parquet_becomes_the_archives_layout(brush, tmp_path):
         for name, turns in json.loads((brush / "edit_sessions.json").read_text()).items()
         for k, turn in enumerate(turns, 1)
     ]
+    rows[1:] = rows[:0:-1]  # the turns of a session in any order
     hub = tmp_path / "hub"
     (hub / "data").mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist(rows), hub / "data" / "dev-00000-of-00001.parquet")
@@ -195,6 +197,9 @@ def test_names_that_lead_out_of_the_set_are_refused(brush, pie):
     change(brush / "edit_sessions.json", lambda table: table["30"][0].update(input="../../../secret.png"))
     with pytest.raises(InputError, match="lies outside"):
         magicbrush.read_sessions(brush)
+    change(brush / "edit_sessions.json", lambda table: table.update({str(brush / "images" / "30"): table.pop("30")}))
+    with pytest.raises(InputError, match=r"images/30': is no name of a session"):  # a folder of results will have it
+        magicbrush.read_sessions(brush)
     change(pie / "mapping_file.json", lambda table: table["000000000000"].update(image_path="/etc/hostname"))
     with pytest.raises(InputError, match="lies outside"):
         piebench.read_cases(pie)
@@ -213,6 +218,16 @@ def test_piebenchs_cases_have_plain_prompts_a_kind_and_their_mask(pie):
     assert (found[0].source, found[0].target) == ("a round cat: on grass", "a square cat: on grass")
     assert (found[0].instruction, found[0].truth, found[0].session) == ("make it square", None, None)
     assert open_picture(found[0].mask).size == (512, 512)
+
+
+def test_what_piebench_edits_is_what_was_drawn_and_what_it_scores_has_the_border(pie, tmp_path):
+    part, style, ends = piebench.read_cases(pie)
+    assert style.mask is None  # nothing to keep: left to the method
+    assert prepare(part, **SIZES).mask_full[0, -1].sum() == 0
+    picture(3).resize((512, 512)).save(tmp_path / "target.png")
+    found = [pair(case, tmp_path / "target.png").mask[0] for case in (part, style, ends)]
+    assert [int(mask.sum()) for mask in found] == [4 * 511 + 1000 - 512 - 1, 512 * 512, 4 * 511 + 30]
+    assert all(mask[-1].all() for mask in found)
 
 
 def test_a_run_length_mask_is_decoded_as_published():
@@ -271,6 +286,14 @@ def test_of_a_set_the_first_cases_sessions_and_kinds_are_taken(brush, pie, tmp_p
     assert [case.id for case in some] == ["30-1"]
     some = cases(Bench(data="piebench", root=str(pie), count=1, kinds=["random"]), tmp_path)
     assert [case.id for case in some] == ["000000000002"]
+    with pytest.raises(InputError, match=r"'style' is none of change object, change style, random"):
+        cases(Bench(data="piebench", root=str(pie), kinds=["random", "style"]), tmp_path)
+    with pytest.raises(InputError, match=r"'pose' is none of this set, which has none"):
+        cases(Bench(data="magicbrush", root=str(brush), kinds=["pose"]), tmp_path)
+    figure = figures.Figure("fig", {"a": "method.name=plain"}, kinds=("pose",))
+    for data, root, last in (("magicbrush", brush, "139-1"), ("piebench", pie, "000000000001")):
+        made = figures.read(figure, tmp_path, 2, [f"bench.data={data}", f"bench.root={root}"])
+        assert (len(made.cases), made.cases[-1].id) == (2, last)
     book = cases(Bench(count=9, sessions=2), tmp_path)
     assert len(book) == 9 + 6
     assert {case.kind for case in book[:8]} == {
@@ -301,6 +324,9 @@ def test_a_condition_is_drawn_from_the_target_picture_once(brush, tmp_path):
     (file,) = (tmp_path / "hints").iterdir()
     Image.new("L", SIZE, 77).save(file)
     assert prepare(found[1], **SIZES).hints["canny"].mean().item() == pytest.approx(77 / 255, abs=1e-3)
+    moved = cases(Bench(data="magicbrush", root=str(brush.rename(tmp_path / "moved")), hint="canny"), tmp_path)
+    assert torch.equal(prepare(moved[1], **SIZES).hints["canny"], drawn)  # of another set's pictures it is another
+    brush = tmp_path / "moved"
     with pytest.raises(InputError, match=r"bench.hint=sketch: .*pidinet=FILE"):
         cases(Bench(data="magicbrush", root=str(brush), hint="sketch"), tmp_path)
 

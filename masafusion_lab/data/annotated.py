@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ DRAWINGS = "annotations"
 def annotated(folder: Path) -> dict[str, Case]:
     """The cases of a folder by id: those in its manifest as they are annotated, its other pictures without prompts.
 
+    A picture whose id the manifest gives to another goes by its whole name.
     Raises InputError for a manifest that cannot be used.
     """
     known = _said(folder)
     pictures = folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
-    seen = {case.image for case in known}
+    seen, taken = {case.image for case in known}, {case.id for case in known}
     new = [case for case in (read_cases(folder) if pictures else []) if case.image not in seen]
+    new = [replace(case, id=Path(str(case.image)).name) if case.id in taken else case for case in new]
     return {case.id: case for case in sorted([*new, *known], key=lambda case: str(case.image))}
 
 

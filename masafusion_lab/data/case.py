@@ -41,6 +41,8 @@ class Case:
     """The edit in words, for methods that follow instructions."""
     mask: Picture | Box | None = None
     """The region A in which the edit takes place: white, or a box; None is left to the method."""
+    scored: Picture | None = None
+    """The region outside of which the result is scored, where that is not `mask`."""
     hints: Mapping[str, Picture] = field(default_factory=dict)
     """By kind (sketch, canny, pose): what the result should look like."""
     truth: Picture | None = None

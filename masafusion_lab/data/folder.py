@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -212,6 +213,8 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
     for column in row:
         if column in COLUMNS and column != "box" and not isinstance(row[column], str):
             wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
+        elif re.search("[\ud800-\udc7f\udd00-\udfff]", str(row[column])):  # the others: names of files in no UTF-8
+            wrong.append(f"{column}={row[column]!r} holds half a character; write it as UTF-8")
     texts = {name: value for name, value in row.items() if isinstance(value, str)}
     files = {c: inside(c, texts[c], root, wrong) for c in ("image", "mask", *HINTS, "truth") if texts.get(c)}
     box = _box(row["box"], wrong) if row.get("box") else None

@@ -35,6 +35,9 @@ def read_sessions(root: Path, texts: Path | None = None) -> list[Case]:
     described = (whole, "input", "global"), (whole, "output", "global"), (local, "output", "local")
     images, problems, cases = (root / "images").resolve(), list[str](), list[Case]()
     for session, turns in sessions.items():
+        if Path(session).name != session:
+            problems.append(f"{session!r}: is no name of a session")
+            continue
         for k, turn in enumerate(turns if isinstance(turns, list) else [turns], 1):
             where, wrong = f"{session}, turn {k}", list[str]()
             names = {part: turn.get(part) if isinstance(turn, dict) else None for part in ("input", "output", "mask")}
@@ -88,7 +91,7 @@ def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
     files = sorted(Path(root).glob(f"data/{split}-*.parquet"))
     if not files:
         raise InputError(f"{root}: has neither edit_sessions.json nor data/{split}-*.parquet; unpack the archive there")
-    sessions: dict[str, list[dict[str, str]]] = {}
+    sessions: dict[str, dict[int, dict[str, str]]] = {}
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(16):
             for row in batch.to_pylist():
@@ -104,8 +107,9 @@ def unpack(root: Path, folder: Path, split: str = "dev") -> Path:
                         raise InputError(f"{file}: img_id={name!r} is no name")
                     if not place.exists():
                         write_picture(place, Image.open(io.BytesIO(row[column]["bytes"]), formats=["PNG", "JPEG"]))
-                sessions.setdefault(name, []).append({**turn, "instruction": row["instruction"]})
-    write_json(folder / "edit_sessions.json", sessions)  # the last: it says that all is there
+                sessions.setdefault(name, {})[k] = {**turn, "instruction": row["instruction"]}
+    in_order = {name: [turns[k] for k in sorted(turns)] for name, turns in sessions.items()}
+    write_json(folder / "edit_sessions.json", in_order)  # the last: it says that all is there
     return folder
 
 

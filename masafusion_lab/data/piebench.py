@@ -1,7 +1,9 @@
 """Cases of PIE-Bench (Ju et al. 2024): mapping_file.json and annotation_images/ below a folder.
 
-A mask is a list start, length, start, length, ... over the pixels of 512x512 by rows; the border of one pixel belongs
-to it whatever the list says. Square brackets in prompts mark the words that differ, and are no part of them.
+A mask is a list start, length, start, length, ... over the pixels of 512x512 by rows. Scores count the border of one
+pixel to it whatever the list says; what is edited is the region as drawn, or none where that is all (edits of style)
+or nothing, so that methods which need none run there too. Square brackets in prompts mark the words that differ, and
+are no part of them.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ def read_cases(root: Path) -> list[Case]:
     return told(root, cases, problems)
 
 
-def decode(runs: Sequence[int], side: int = SIDE) -> np.ndarray:
-    """The mask, uint8 (side, side), 1 inside, that a list of starts and lengths means, with its border."""
+def decode(runs: Sequence[int], side: int = SIDE, *, border: bool = True) -> np.ndarray:
+    """The mask, uint8 (side, side), 1 inside, that a list of starts and lengths means, with or without its border."""
     flat = np.zeros(side * side, np.uint8)
     for start, length in zip(runs[::2], runs[1::2], strict=True):
         flat[start : start + length] = 1
     mask = flat.reshape(side, side)
-    mask[[0, -1]] = 1
-    mask[:, [0, -1]] = 1
+    if border:
+        mask[[0, -1]] = 1
+        mask[:, [0, -1]] = 1
     return mask
 
 
@@ -64,10 +67,12 @@ def _case(id: str, entry: dict[str, Any], images: Path, wrong: list[str]) -> Cas
     if image is None:
         return None
     source, target = (str(texts[key]).translate(BRACKETS) for key in ("original_prompt", "editing_prompt"))
-    mask = Made(f"{id}: its mask", partial(_picture, runs))  # type: ignore[arg-type]
+    drawn, scored = (Made(f"{id}: its mask", partial(_picture, runs, border)) for border in (False, True))
+    some = drawn.make().getbbox() is not None and scored.make().getextrema()[0] == 0
     instruction = str(entry.get("editing_instruction", ""))
-    return Case(id, image, source, target, instruction, mask=mask, kind=KINDS[int(kind)])
+    mask = drawn if some else None
+    return Case(id, image, source, target, instruction, mask=mask, scored=scored, kind=KINDS[int(kind)])
 
 
-def _picture(runs: Sequence[int]) -> Image.Image:
-    return Image.fromarray(decode(runs) * 255)
+def _picture(runs: Any, border: bool) -> Image.Image:
+    return Image.fromarray(decode(runs, border=border) * 255)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from masafusion_lab import InputError, hints
 from masafusion_lab.data import folder as folders
 from masafusion_lab.data import magicbrush, picturebook, piebench
 from masafusion_lab.data.case import Case, Made
-from masafusion_lab.data.pictures import open_picture
+from masafusion_lab.data.pictures import named, open_picture
 from masafusion_lab.picturebook.edits import EDITS
 from masafusion_lab.pidinet import sketch
 from masafusion_lab.protocol import Bench
@@ -62,19 +62,21 @@ def _read(bench: Bench) -> list[Case]:
     return magicbrush.read_sessions(root)
 
 
-def _selected(found: Iterable[Case], bench: Bench) -> list[Case]:
-    """The first so many cases that stand alone, and all turns of the first so many sessions."""
-    of_kind = [case for case in found if not bench.kinds or case.kind in bench.kinds]
-    alone = islice((case for case in of_kind if case.session is None), bench.count)
-    names = set(islice(dict.fromkeys(case.session for case in of_kind if case.session is not None), bench.sessions))
-    return [*alone, *(case for case in of_kind if case.session in names)]
+def _selected(found: Sequence[Case], bench: Bench) -> list[Case]:
+    """The first so many cases that stand alone, of the kinds, and all turns of the first so many sessions."""
+    kinds = sorted({case.kind for case in found if case.kind})
+    if strange := set(bench.kinds) - set(kinds):
+        raise InputError(f"bench.kinds: {strange.pop()!r} is none of {', '.join(kinds) or 'this set, which has none'}")
+    alone = (case for case in found if case.session is None and (not bench.kinds or case.kind in bench.kinds))
+    names = set(islice(dict.fromkeys(case.session for case in found if case.session is not None), bench.sessions))
+    return [*islice(alone, bench.count), *(case for case in found if case.session in names)]
 
 
 def _hinted(case: Case, kind: str, folder: Path, pidinet: Path | None) -> Case:
     """The case with a condition drawn from its target picture, once, where it has none and there is one."""
     if not kind or case.hints or case.truth is None:
         return case
-    file = case_folder(folder, case.id).with_suffix(f".{kind}.png")
+    file = case_folder(folder, f"{case.id} {named(case.truth)} {pidinet}").with_suffix(f".{kind}.png")
     return replace(case, hints={kind: Made(f"{case.id}: its {kind}", partial(_drawn, case, kind, file, pidinet))})
 
 
