@@ -52,7 +52,7 @@ SHIPPED = [
     path for path in CONFIGS if not {"\nbench:", "\nsweep:", "\naxes:"} & {*re.findall(r"\n\w+:", path.read_text())}
 ]
 """Configurations of an edit."""
-READING = [name for name in OURS if getattr(METHODS[name], "needs", None) is None]
+READING = [name for name in OURS if METHODS[name]().needs.inversion]
 SETTINGS = [*((name, {}) for name in OURS), ("glide", {"backend": "inpaint"})]
 
 
