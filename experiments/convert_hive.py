@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,8 +80,12 @@ def convert(checkpoint: Path, folder: Path, base: str) -> Path:
     except Exception as error:
         raise InputError(f"{checkpoint}: was not trained from {base}: {one_line(error)}") from None
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    unet.half().save_pretrained(part)
-    part.replace(folder)
+    try:
+        unet.half().save_pretrained(part)
+        part.replace(folder)
+    except Exception as error:  # a full disk is told by a class of each library's own
+        shutil.rmtree(part, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written: {one_line(error)}") from None
     return folder
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import bench, lab
+from masafusion_lab import InputError, bench, lab
 from masafusion_lab.forecast import duration
 from masafusion_lab.inversion import Direct, Npi
 from masafusion_lab.methods import METHODS
@@ -109,22 +110,35 @@ def forecast(made: bench.Benchmark, model: StableDiffusion) -> str:
 
 
 def summed(made: bench.Benchmark, records: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of the table, None where a row has no edit, and why edits are missing."""
+    """The rows of the table, None where a row has no edit or value, and why edits or values are missing."""
     found, lost = [], []
     for name in made.rows:
         its = [record for record in records if record["row"] == name]
-        edited = {record["case"] for record in its if not record["error"]}
-        places = [made.at(cell) for cell in made.cells(name) if cell.case.id in edited]
-        results = [read_json(place / "result.json") for place in places]
-        values: dict[str, list[float]] = {key: [r[of] for r in its if not r["error"]] for key, of in MEASURES.items()}
-        values["seconds"] = [sum(s for part, s in r["seconds"].items() if part != "invert") for r in results]
-        values["rows"] = [r["rows"] for r in results]
+        edited = [record for record in its if not record["error"]]
+        there = {record["case"] for record in edited}
+        results = [read_json(made.at(cell) / "result.json") for cell in made.cells(name) if cell.case.id in there]
+        seconds = [sum(s for part, s in result["seconds"].items() if part != "invert") for result in results]
+        values, left_out = measured(edited)
+        values |= {"seconds": seconds, "rows": [result["rows"] for result in results]}
         method, inversion = name.split(" ")
-        means = {key: float(np.mean(values[key])) if results else None for key in COLUMNS}
+        means = {key: float(np.mean(values[key])) if values[key] else None for key in COLUMNS}
         found.append({"method": method, "inversion": inversion, **means})
         if why := next((record["error"] for record in its if record["error"]), None):
             lost.append(f"{name}: {len(its) - len(edited)} of {len(its)} edits are missing: {why}")
+        lost += [f"{name}: {why}" for why in left_out]
     return found, lost
+
+
+def measured(edited: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], list[str]]:
+    """The values that records of edits have, by column; and, in words, of how many edits there is none, and why."""
+    values = {key: [record[of] for record in edited if not math.isnan(record[of])] for key, of in MEASURES.items()}
+    why = [line for record in edited for line in record["missing"].splitlines()]
+    return values, [
+        f"{key} of {len(edited) - len(values[key])} of {len(edited)} edits is left out: "
+        + next((line for line in why if line.startswith(of)), "no reason is on record")
+        for key, of in MEASURES.items()
+        if len(values[key]) < len(edited)
+    ]
 
 
 def show(rows: Sequence[Mapping[str, Any]], count: int) -> None:
@@ -153,9 +167,12 @@ def main(argv: list[str] | None = None) -> None:
     words = [f"out={given.out}", "batch=8", "bench.exact=false", *given.words]
     words += [f"bench.count={given.cases}", "bench.sessions=0", "bench.turns=single"]
     words += [f"bench.rows.{name}={text}" for name, text in rows_of(names, given.words).items()]
-    experiment, made = bench.read([], words)
-    made = replace(made, protocol=PROTOCOL)
-    print(forecast(made, StableDiffusion.load(**vars(experiment.model))), flush=True)
+    try:
+        experiment, made = bench.read([], words)
+        made = replace(made, protocol=PROTOCOL)
+        print(forecast(made, StableDiffusion.load(**vars(experiment.model))), flush=True)
+    except InputError as error:
+        parser.error(str(error))
     bench.edit(made, track=bar)
     rows, lost = summed(made, bench.score(made, Scorer.of(PROTOCOL, {}), track=bar))
     show(rows, given.cases)

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 BRANCHES = {"S": Branch("noised", "source"), "T": Branch("noised", "target")}
 
 
-def rows(maps: int, w: float) -> int:
-    """UNet rows an image that so many maps cost in guidance w."""
-    return maps * sum(len(branch.halves(w)) for branch in BRANCHES.values())
+def rows(maps: int) -> int:
+    """UNet rows an image that so many maps cost."""
+    return maps * len(BRANCHES)
 
 
 def state(maps: int, strength: float, steps: int) -> int:
@@ -41,17 +41,18 @@ def region(
     maps: int = 10,
     strength: float = 0.5,
     threshold: float = 3.0,
-    w: float = 7.5,
 ) -> Tensor:
     """The region A (B, 1, h, w), 0 or 1, in pictures x0 (B, C, h, w) between the prompts source and target.
 
-    The picture is noised `maps` times to `strength` of the schedule; a cell is inside if the two guided eps differ in
-    it by more than half of `threshold` times the picture's mean. Raises InputError for what touches no step, NotFinite.
+    The picture is noised `maps` times to `strength` of the schedule; a cell is inside if the two eps differ in it by
+    more than half of `threshold` times the picture's mean. Under guidance, as published, both would have the same null
+    half and differ w times as much everywhere: the region is the same. Raises InputError for what touches no step,
+    NotFinite.
     """
     i, difference = state(maps, strength, len(schedule)), torch.zeros_like(x0)
     for k in range(maps):
         x = {"noised": schedule.diffuse(x0, fresh(given, f"map {k}"), i)}
-        eps = predict(model, BRANCHES, x, given, i, schedule=schedule, w=w)
+        eps = predict(model, BRANCHES, x, given, i, schedule=schedule, w=1)
         difference += (eps["T"] - eps["S"]).abs() / maps
     if not difference.isfinite().all():
         raise NotFinite(f"the differences of the predictions are not finite at step {i} of {len(schedule)}")

@@ -110,7 +110,7 @@ class Direct:
     inverse_guidance: float = 1.0
     """w while inverting; away from 1 it costs a second row a step."""
     prompt: Literal["source", "empty"] = "source"
-    """The prompt that the picture is inverted under."""
+    """The prompt that the picture is inverted under, and by ddim resimulated."""
 
     def invert(
         self,
@@ -149,7 +149,8 @@ class Ddim(Direct):
     ) -> Inversion:
         """The record; see `Direct.invert`."""
         x_T = super().invert(model, x0, text, empty, schedule, track=track).states[0]
-        return Inversion(retrace(model, x_T, text, empty, schedule, w=self.guidance, track=track))
+        under = text if self.prompt == "source" else empty
+        return Inversion(retrace(model, x_T, under, empty, schedule, w=self.guidance, track=track))
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ def replacement(
         M[:, end:] = torch.eye(room)[:, end:]
         M[:, room - max(shift, 0) :] = 0  # where its loop has run out of source tokens
         return M, torch.zeros(room)
-    _pad(M, min(j, room - 1), i - j)
+    i, j = min(i, room - 1), min(j, room - 1)  # the ends, also of what is cut off
+    _pad(M, j, i - j)
     return M, (M.sum(0) == 0).float()
 
 

@@ -83,6 +83,11 @@ def test_a_converted_checkpoint_is_the_network(checkpoint, tiny_networks, tiny_r
         torch.testing.assert_close(found.state_dict()[name], w, rtol=1e-3, atol=1e-4)
 
 
+def test_what_cannot_be_written_is_one_line(checkpoint, tiny_root, tmp_path):
+    with pytest.raises(SystemExit, match="/unet: cannot be written"):
+        main([str(checkpoint), str(checkpoint / "unet"), "--base", str(tiny_root)])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

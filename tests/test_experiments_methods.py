@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import pytest
 import torch
 
 from experiments import methods
-from masafusion_lab import bench, config
+from masafusion_lab import bench, config, phases
+from masafusion_lab.data import picturebook
+from masafusion_lab.hub import PICTUREBOOK
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Npi
 from masafusion_lab.methods import METHODS
 from masafusion_lab.null_text import NullText
@@ -19,6 +22,30 @@ def test_every_method_has_a_row_of_settings_that_it_has():
     steps = {name.split(" ")[0]: config.load(words=text.split()).steps for name, text in rows.items()}
     assert {name: n for name, n in steps.items() if n != 50} == {"instruct_pix2pix": 100, "hive": 100}
     assert "steps=" not in "".join(methods.rows_of(METHODS, ["steps=3"]).values())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which inversions are found again."""
+    return tmp_path_factory.mktemp("picturebook")
+
+
+PAIRS = [(n, its) for n in METHODS for its in (phases.INVERSIONS if METHODS[n]().needs.inversion else ["none"])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "inversion"), PAIRS)
+def test_every_method_runs_on_the_picture_book_model_with_every_inversion(place, name, inversion):
+    unet = "_".join(filter(None, ("unet", METHODS[name]().needs.network)))
+    if not (PICTUREBOOK / unet).is_dir():
+        pytest.skip(f"the picture-book model has no {unet} yet")
+    words = [f"method.name={name}", "model.device=cpu", "steps=3", "batch=2", f"store={place / 'store'}"]
+    words += [f"inversion.name={inversion}"] if inversion != "none" else []
+    words += ["inversion.inner_steps=1"] if inversion == "null_text" else []
+    cases, lab = list(picturebook.cases("test", 2)), phases.build(config.load(words=words))
+    for folder in phases.edit(lab, cases, place / f"{name} {inversion}"):
+        result = json.loads((folder / "result.json").read_text())
+        assert (result["method"]["name"], result["inversion"]["name"]) == (name, inversion)
 
 
 def test_the_rows_of_an_inversion_are_those_that_it_asks_for(tiny):
@@ -59,6 +86,21 @@ def test_the_table_says_what_is_missing_and_later_makes_that_alone(tiny_root, tm
     assert "2 edits of 2 rows x 2 cases are left: 12 UNet rows" in said
     assert (again, hive["rows"], len(both)) == (sdedit, 6, 4)
     assert both.items() >= made.items()
+
+
+def test_an_edit_without_a_value_is_left_out_and_said():
+    """Pasted pixels outside the region are the source's own: their PSNR is infinite."""
+    usual = {"l1": 0.1, "done": 1.0, "psnr_area": 20.0, "missing": ""}
+    pasted = usual | {"psnr_area": float("nan"), "missing": "psnr_area: is inf"}
+    values, left_out = methods.measured([usual, pasted])
+    assert values == {"l1": [0.1, 0.1], "edit_success": [1.0, 1.0], "keep_psnr": [20.0]}
+    assert left_out == ["keep_psnr of 1 of 2 edits is left out: psnr_area: is inf"]
+
+
+def test_a_setting_that_is_none_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        methods.main(["stepz=3"])
+    assert "unknown key; did you mean steps" in capsys.readouterr().err
 
 
 def test_what_a_benchmark_edits_at_once_on_the_cpu_is_said():

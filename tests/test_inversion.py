@@ -79,6 +79,8 @@ def test_the_empty_prompt_and_guided_inversion_are_what_they_say(tiny, batch):
     x0, text, empty, schedule = batch
     states = Direct(prompt="empty").invert(tiny, *batch).states
     assert torch.equal(states, invert(tiny, x0, empty, schedule))
+    again = Ddim(prompt="empty").invert(tiny, *batch).states  # as MasaCtrl's source is, which guidance cannot move
+    torch.testing.assert_close(again, retrace(tiny, states[0], empty, empty, schedule, w=1), rtol=1e-4, atol=1e-4)
     states = Direct(inverse_guidance=3.0).invert(tiny, *batch).states
     a, b = (tiny.eps(states[3], 2, schedule, c, level=3) for c in (empty, text))
     torch.testing.assert_close(states[2], schedule.noise(states[3], a + 3.0 * (b - a), 2), rtol=1e-4, atol=1e-4)

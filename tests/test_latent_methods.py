@@ -52,7 +52,7 @@ SHIPPED = [
     path for path in CONFIGS if not {"\nbench:", "\nsweep:", "\naxes:"} & {*re.findall(r"\n\w+:", path.read_text())}
 ]
 """Configurations of an edit."""
-READING = [name for name in OURS if getattr(METHODS[name], "needs", None) is None]
+READING = [name for name in OURS if METHODS[name]().needs.inversion]
 SETTINGS = [*((name, {}) for name in OURS), ("glide", {"backend": "inpaint"})]
 
 
@@ -184,7 +184,10 @@ def test_what_a_case_lacks_is_said_before_anything_is_computed(tiny_networks, tm
         ("diffedit", {"maps": 0}, "maps=0: must be at least 1"),
         ("blended", {"start": 1.0}, r"start=1, shrink=0: must be in \[0, 1\)"),
         ("blended", {"shrink": -1}, "shrink=-1"),
-        ("edit_friendly", {"start": -0.1}, r"start=-0.1: must be in \[0, 1\)"),
+        ("blended", {"shrink": 3}, "shrink=3: none of 3 steps is left for the region itself"),
+        ("edit_friendly", {"eta": 1.5}, r"eta=1.5: must be in \[0, 1\) and \[0, 1\]"),
+        ("hive", {"eta": -0.5}, "eta=-0.5"),
+        ("edit_friendly", {"start": -0.1}, r"start=-0.1, eta=1: must be in \[0, 1\)"),
     ],
 )
 def test_a_setting_that_touches_no_step_is_refused_by_its_plan(models, name, settings, message):

@@ -9,7 +9,7 @@ import torch
 
 from masafusion_lab import InputError, config, phases
 from masafusion_lab.given import Given
-from masafusion_lab.inversion import Ddim, Direct, Inversion
+from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi
 from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
 from tests import edits
@@ -55,8 +55,9 @@ def tuned(case):
 def records(case):
     """Records of the same two pictures by every inversion."""
     text, empty = case.given.prompts["source"], case.given.prompts["empty"]
-    ddim = Ddim().invert(case.model, case.x0, text, empty, case.schedule)
-    return {"direct": case.source, "ddim": ddim, "null_text": tuned(case)}
+    of = (case.model, case.x0, text, empty, case.schedule)
+    made = {"ddim": Ddim().invert(*of), "npi": Npi().invert(*of), "edit_friendly": EditFriendly().invert(*of)}
+    return {"direct": case.source, "null_text": tuned(case), **made}
 
 
 def run(case, method, source=None, **changes):
@@ -77,8 +78,12 @@ def one(case, source, b):
     return SimpleNamespace(**{**vars(case), "given": given, "x": case.x[b : b + 1]}), source.split()[b]
 
 
-@pytest.mark.parametrize("inversion", ["direct", "ddim", "null_text"])
-@pytest.mark.parametrize("name", NAMES)
+PAIRS = [
+    (name, its) for name in NAMES for its in (phases.INVERSIONS if METHODS[name]().needs.inversion else ["direct"])
+]
+
+
+@pytest.mark.parametrize(("name", "inversion"), PAIRS)
 def test_a_batch_equals_its_pictures_one_by_one_with_every_inversion(case, records, name, inversion):
     source = records[inversion]
     both = run(case, METHODS[name](), source)
@@ -151,7 +156,7 @@ LIVE = {
         "blend_source": (WORDS | {"blend_threshold": 0.95}, ("grass",)),
         "blend_target": (WORDS | {"blend_threshold": 0.95}, ("grass",)),
         "blend_without": (WORDS, ("grass",)),
-        "blend_start": (WORDS | {"blend_threshold": 0.95}, 1.0),
+        "blend_start": (WORDS | {"blend_threshold": 0.95}, 0.9),
         "blend_threshold": (WORDS, 0.95),
         "blend_resolution": (WORDS | {"blend_threshold": 0.95}, 32),
         "blend_maps": (WORDS | {"blend_threshold": 0.9, "reweight": {"cat": -4.0}}, "own"),
@@ -240,6 +245,13 @@ REFUSED = [
         {},
         "no layer has such",
     ),
+    (
+        "prompt_to_prompt",
+        {"blend_source": "cat", "blend_target": "dog", "blend_start": 1},
+        {},
+        r"1: must be in \[0, 1\)",
+    ),
+    ("prompt_to_prompt", {"reweight.dog": 2, "cross_window": "[0,0]"}, {}, "follows in no step; widen"),
     ("prompt_to_prompt", {"self_window": "[0,0.1]"}, {}, "holds none of the 3 steps"),
     ("prompt_to_prompt", {"self_window": "[0.6,0.2]"}, {}, "0 <= a <= b <= 1"),
     ("prompt_to_prompt", {"self_resolution": 8}, {}, "holds none of the 10 self-attention layers"),

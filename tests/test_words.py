@@ -97,6 +97,12 @@ def test_replacement_moves_all_of_a_words_attention(tokenizer, source, target):
     assert not own.any()
 
 
+def test_the_end_of_a_prompt_that_is_cut_off_replaces_the_end(tokenizer):
+    """a horse, h-or-s-e, in place of a cat, seven times: 35 tokens of 22."""
+    M, _ = words.replacement(tokenizer, "a cat " * 7, "a horse " * 7, N)
+    assert M[:, N - 1].nonzero().flatten().tolist() == [len(words.ids(tokenizer, "a cat " * 7, N)) - 1]
+
+
 def test_a_token_is_only_the_one_at_its_place_if_asked(tokenizer):
     M, own = words.refinement(tokenizer, "a red cat on grass", "a cat red on grass", N, by_place=True)
     assert own.nonzero().flatten().tolist() == [2, 3]

@@ -46,14 +46,20 @@ class Blended(Method):
         if not (0 <= self.start < 1 and self.shrink >= 0):
             raise InputError(f"method.start={self.start:g}, shrink={self.shrink}: must be in [0, 1) and at least 0")
         run = Span(int(steps * self.start))
+        if ((n := steps - run.start) - 1) // self.each(n) < self.shrink:
+            raise InputError(f"method.shrink={self.shrink}: none of {n} steps is left for the region itself; take less")
         return Plan({"T": Branch("target", "target")}, {"target": "T"}, masked=True, run=run)
+
+    def each(self, n: int) -> int:
+        """In how many steps, of n, each of the regions is the one, as published: the last may never come up."""
+        return n // (self.shrink + 1) + 1
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """The edit as data; see `Method`."""
         plan, T = self.plan(model.sites, len(schedule)), len(schedule)
         x0, mask, start = picture(model, given), inside(given), plan.run.start
         masks = [F.max_pool2d(mask, 2 * k + 1, 1, k) for k in range(self.shrink, 0, -1)] + [mask]
-        each = (T - start) // len(masks) + 1
+        each = self.each(T - start)
 
         def after(state: State) -> Mapping[str, Tensor]:
             A, level = masks[(state.i - 1 - start) // each], state.i - self.lag

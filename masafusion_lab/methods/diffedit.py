@@ -28,7 +28,7 @@ class Differing(Method):
     """What both share: the region, and the guidance."""
 
     guidance: float = 7.5
-    """w of (3), also of the predictions that find the region."""
+    """w of (3); where the region is looked for it cancels."""
     mask: Literal["own", "given"] = "own"
     """Where to edit: where the two prompts' predictions differ, or in the given region."""
     maps: int = 10
@@ -43,14 +43,14 @@ class Differing(Method):
         if self.mask == "given":
             return 0
         contrast.state(self.maps, self.map_strength, steps)
-        return contrast.rows(self.maps, self.guidance)
+        return contrast.rows(self.maps)
 
     def region(self, model: StableDiffusion, given: Given, x0: Tensor, schedule: Schedule) -> Tensor:
         """A (B, 1, h, w)."""
         if self.mask == "given":
             log.info("method.mask=given: maps, map_strength and threshold do not matter")
             return inside(given)
-        how: Any = {"maps": self.maps, "strength": self.map_strength, "threshold": self.threshold, "w": self.guidance}
+        how: Any = {"maps": self.maps, "strength": self.map_strength, "threshold": self.threshold}
         return contrast.region(model, given, x0, schedule=schedule, **how)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
@@ -52,12 +51,12 @@ class Glide(Method):
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """The edit as data; see `Method`."""
-        A, x0 = inside(given), picture(model, given)
+        A = inside(given)
         after = None
         if self.backend == "inpaint":
-            given = replace(given, extra={"known": known(model, given, A)})
+            given = replace(given, extra={"known": torch.cat([A, picture(model, given, grey=A)], 1)})
         else:
-            a = schedule.level(0)
+            x0, a = picture(model, given), schedule.level(0)
             n = (x - a**0.5 * x0) / (1 - a) ** 0.5  # eps to x_0: DDIM's steps leave it as it is
 
             def after(state: State) -> Mapping[str, Tensor]:
@@ -65,10 +64,3 @@ class Glide(Method):
                 return {"target": A * state.x["target"] + (1 - A) * outside}
 
         return Course(self.plan(model.sites, len(schedule)), {"target": x}, given, w=self.guidance, after=after)
-
-
-def known(model: StableDiffusion, given: Given, A: Tensor) -> Tensor:
-    """What an inpainting UNet sees beside the latent: A, and the latents of the picture with A in mid grey."""
-    assert given.pixels is not None
-    grey = F.interpolate(A, given.pixels.shape[-2:])
-    return torch.cat([A, model.encode(grey * 0.5 + (1 - grey) * given.pixels)], 1)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Plan, Sde, Span, Weighted
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
@@ -33,6 +34,8 @@ class InstructPix2Pix(Method):
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """Three branches of a row each: under both, under the picture alone, under neither."""
         s_T, s_I = self.guidance, self.image_guidance
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"method.eta={self.eta:g}: must be in [0, 1]")
         return Plan(
             {
                 "both": Branch("target", "instruction", w=1, extra="picture"),

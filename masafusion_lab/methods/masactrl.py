@@ -34,7 +34,7 @@ class MasaCtrl(Method):
     mutual_layers: str = "10/16:"
     """Its self-attention layers: from SD's layer 10 of 16 on; all, decoder, a range a:b, or a list such as 3,4,9."""
     source_prompt: Literal["empty", "source"] = "empty"
-    """Prompt of the source rows; under "" guidance cannot move a real picture."""
+    """Prompt of the source rows; under "" guidance cannot move a real picture. As published, inversion.prompt=empty."""
     null: Literal["empty", "tuned"] = "empty"
     """Null embedding of source and target: that of "", or the inversion's optimised one where there is one."""
     hint_scale: float = 1.0

@@ -36,7 +36,7 @@ class PlugAndPlay(Method):
     feature_layers: str = "8/16"
     """The residual blocks of that, by the self-attention layers that follow them."""
     source_prompt: Literal["empty", "source"] = "empty"
-    """Prompt of the source rows."""
+    """Prompt of the source rows; published with inversion.prompt=empty, and never under guidance."""
     negative: str = ""
     """Negative prompt; none: that of "", in the original the source prompt."""
     negative_fade: float = 1.0

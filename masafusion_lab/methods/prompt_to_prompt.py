@@ -68,6 +68,8 @@ class PromptToPrompt(Method):
             take = Take("S", "S", None, span, fine, ("text",))
         if spans := [s for w in (self.cross_window, *self.cross_words.values()) if (s := Span.part(w, steps + 1))]:
             follow = Words("S", Span(min(s.start for s in spans), max(s.stop or 0 for s in spans)))
+        elif self.reweight:
+            raise InputError("method.reweight: attention to words follows in no step; widen method.cross_window")
         if self.blends:
             follow = Words("S")  # in every step: its maps are looked at
             first_maps(sites, self.blend_resolution, "method.blend_resolution")
@@ -76,11 +78,14 @@ class PromptToPrompt(Method):
 
     @property
     def blends(self) -> bool:
-        """Whether there is a local blend. Raises InputError for a part of one."""
+        """Whether there is a local blend. Raises InputError for a part of one, and for one that does nothing."""
         on = bool(self.blend_source or self.blend_target)
         changed = [f.name for f in fields(self) if f.name.startswith("blend_") and getattr(self, f.name) != f.default]
         if (on and not (self.blend_source and self.blend_target)) or (changed and not on):
             raise InputError(f"method.{changed[0]}: local blend wants both method.blend_source and method.blend_target")
+        for key in ("blend_start", "blend_threshold"):
+            if not 0 <= (value := getattr(self, key)) < 1:
+                raise InputError(f"method.{key}={value:g}: must be in [0, 1)")
         return on
 
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:

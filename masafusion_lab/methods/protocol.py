@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from masafusion_lab import InputError
@@ -41,11 +42,17 @@ class Needs:
     paste: bool = False
 
 
-def picture(model: StableDiffusion, given: Given) -> Tensor:
-    """The latents x_0 (B, C, h, w) of the pictures to edit. Raises InputError where they are not given."""
+def picture(model: StableDiffusion, given: Given, *, grey: Tensor | None = None) -> Tensor:
+    """The latents x_0 (B, C, h, w) of the pictures to edit, in mid grey inside a region `grey` (B, 1, h, w).
+
+    Raises InputError where they are not given.
+    """
     if given.pixels is None:
         raise InputError("this method reads the picture itself: Given(pixels=...)")
-    return model.encode(given.pixels)
+    if grey is None:
+        return model.encode(given.pixels)
+    grey = F.interpolate(grey, given.pixels.shape[-2:])
+    return model.encode(grey * 0.5 + (1 - grey) * given.pixels)
 
 
 def inside(given: Given) -> Tensor:

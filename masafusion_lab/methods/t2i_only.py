@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from masafusion_lab.fusion import Branch, Hint, Plan
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
-from masafusion_lab.methods.protocol import Method, Source
+from masafusion_lab.methods.protocol import Method, Needs, Source
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
@@ -20,6 +21,7 @@ from masafusion_lab.sites import Site
 class T2IOnly(Method):
     """Generate from Gaussian noise along the drawn condition, Figure 14's last column."""
 
+    needs: ClassVar[Needs] = Needs(inversion=False)
     guidance: float = 7.5
     """w of (3)."""
     hint_scale: float = 1.0
