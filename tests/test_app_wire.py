@@ -90,6 +90,9 @@ def test_requests_that_are_too_large_or_do_not_say_so_are_refused_unread():
     assert gate.refusal({**post, "headers": [(b"content-length", b"50000000")]}) == 413
     assert gate.refusal({**post, "headers": []}) == 411
     assert gate.refusal({**post, "headers": [(b"content-length", b"500")]}) == 0
+    lying = [(b"content-length", b"500"), (b"transfer-encoding", b"chunked")]  # its body may be of any length
+    assert gate.refusal({**post, "headers": lying}) == 411
+    assert gate.refusal({"path": "/gradio_api/file=a\0b", "method": "GET", "headers": []}) == 403
 
 
 def test_an_edit_goes_over_the_wire(served, studio):

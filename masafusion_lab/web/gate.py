@@ -38,10 +38,12 @@ class Gate:
         """The status that a request is refused with, or 0."""
         path = scope["path"]
         if path.startswith(FILE):
-            return 0 if (self.served / path.removeprefix(FILE)).resolve().is_relative_to(self.served) else 403
+            inside = "\0" not in path and (self.served / path.removeprefix(FILE)).resolve().is_relative_to(self.served)
+            return 0 if inside else 403
         if not PAGE.fullmatch(path):
             return 403
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            length = dict(scope["headers"]).get(b"content-length", b"")
+            headers = dict(scope["headers"])
+            length = b"" if b"transfer-encoding" in headers else headers.get(b"content-length", b"")  # it overrules it
             return 411 if not length.isdigit() else 413 if int(length) > LARGEST else 0
         return 0
