@@ -18,6 +18,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.figures import draw
+from masafusion_lab.heat import SPECIALS
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, page
 from masafusion_lab.runs import write_text
@@ -94,7 +95,7 @@ def _facts(attention: Attention, pictures: Mapping[str, Image.Image], detail: De
                 for k, (word, places) in enumerate(prompt["words"])
             ]
             n = prompt["tokens"]
-            specials = [{"text": f"⟨{s}⟩", "places": [k]} for s, k in (("start", 0), ("end", n - 1), ("padding", n))]
+            specials = [{"text": s, "places": [k]} for s, k in zip(SPECIALS, (0, n - 1, n), strict=True)]
             latent = NAMES.get(branch["x"], branch["x"])
             of = facts["latents"].get(branch["x"], {})
             if of.get("inside") != of.get("outside"):

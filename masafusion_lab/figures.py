@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from masafusion_lab.heat import SPECIALS, components
+from masafusion_lab.heat import components
 from masafusion_lab.look import OF, SERIES, WIDTH, drawn, styled
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import INK, MARK, NAMES
@@ -54,8 +54,7 @@ def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Im
         prompt = attention.facts["prompts"][attention.facts["branches"][attention.branch(x)]["text"]]
         edited = {prompt["words"][k][0] for k in prompt["edited"]}
         for k, (word, heat) in enumerate(of.items()):
-            title = f"⟨{word}⟩" if word in SPECIALS else word
-            title += f"\n{100 * float(heat.values.max()) / attention.steps:.2g} %"
+            title = f"{word}\n{100 * float(heat.values.max()) / attention.steps:.2g} %"
             place = top * lines + k // columns, 1 + k % columns
             sheet.put(*place, heat.overlay(pictures[x]), title, color=MARK if word in edited else INK)
     sheet.bar(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 
-SPECIALS = ("start", "end", "padding")
-"""What a text encoder reads beside the words, and how their maps are called."""
+SPECIALS = ("⟨start⟩", "⟨end⟩", "⟨padding⟩")
+"""What a text encoder reads beside the words, and how their maps are called; "end" can be a word of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,12 @@ class WordMaps:
         return sum(big, torch.zeros(())) / len(self.raw)
 
     def word(self, text: str) -> Heat:
-        """The map of a word or phrase, the mean over its tokens and all places where it stands, or of a special.
+        """The map of a word or phrase, the mean over its tokens and all places where it stands, or of one of SPECIALS.
 
         Raises InputError, naming the words that there are.
         """
         if text in SPECIALS:
-            n = len(self.raw[0])
-            return Heat(text, self.tokens[{"start": 0, "end": n - 2, "padding": n - 1}[text]])
+            return Heat(text, self.tokens[(0, -2, -1)[SPECIALS.index(text)]])
         return Heat(text, self.tokens[self.places(text)].mean(0))
 
     def places(self, text: str) -> list[int]:
@@ -88,10 +87,8 @@ class WordMaps:
 
     def all(self) -> dict[str, Heat]:
         """The maps of all words, in the prompt's order, and of the specials."""
-        tokens = self.tokens
-        maps = {word: Heat(word, tokens[self.places(word)].mean(0)) for word, _ in self.words}
-        return {"start": Heat("start", tokens[0]), **maps, "end": Heat("end", tokens[-2]),
-                "padding": Heat("padding", tokens[-1])}  # fmt: skip
+        start, *others = SPECIALS
+        return {word: self.word(word) for word in (start, *(word for word, _ in self.words), *others)}
 
 
 @dataclass(frozen=True)

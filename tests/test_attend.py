@@ -103,7 +103,7 @@ def test_wandb_is_told_figures_a_table_of_words_and_curves(tiny_root, tmp_path):
     words = next(table for table in tables if "word" in table["columns"])
     assert words["columns"] == ["case", "branch", "word", "map", "highest share", "share outside A"]
     assert {row[1] for row in words["data"]} == {"S", "I_out", "I_in", "T_out", "T_in"}
-    assert {"start", "cat", "grass", "padding"} <= {row[2] for row in words["data"]}
+    assert {"⟨start⟩", "cat", "grass", "⟨padding⟩"} <= {row[2] for row in words["data"]}
     assert all(0 < row[4] <= 1 and 0 < row[5] < 1 for row in words["data"])
     curves = next(table for table in tables if "word" not in table["columns"])
     assert len(curves["data"]) == 4  # four curves of one look

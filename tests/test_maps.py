@@ -10,7 +10,7 @@ from PIL import Image
 from masafusion_lab import InputError
 from masafusion_lab.attention import install
 from masafusion_lab.fusion import Span
-from masafusion_lab.heat import Heat, PixelMaps
+from masafusion_lab.heat import SPECIALS, Heat, PixelMaps, WordMaps
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.watch import Watch, denoisers, span
@@ -33,8 +33,14 @@ def test_words_are_found_wherever_they_stand_and_phrases_as_one(attention):
     assert maps.places("red") == [2, 5]
     assert maps.places("red  DOG") == [2, 3]
     torch.testing.assert_close(maps.word("red").values, (maps.tokens[2] + maps.tokens[5]) / 2)
-    assert list(maps.all()) == ["start", "a", "red", "dog", "on", "Red", "grass", "end", "padding"]
+    assert list(maps.all()) == ["⟨start⟩", "a", "red", "dog", "on", "Red", "grass", "⟨end⟩", "⟨padding⟩"]
     assert attention.facts["prompts"]["target"]["edited"] == [1, 2, 4]
+
+
+def test_a_prompt_may_say_end_and_start_without_meaning_its_own():
+    maps = WordMaps([torch.rand(6, 4, 4)], [("start", [1]), ("to", [2]), ("end", [3])], (4, 4))
+    assert [maps.tokens.eq(heat.values).all((1, 2)).nonzero().item() for heat in maps.all().values()] == list(range(6))
+    torch.testing.assert_close(maps.word("end").values, maps.tokens[3])
 
 
 def test_a_word_of_several_tokens_is_one_word(tiny_root, tmp_path):
@@ -90,7 +96,7 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_denoised(tiny_root
 
 def test_the_null_half_of_guidance_is_watched_where_that_is_asked_for(tiny_root, tmp_path):
     _, (attention,) = watched(make_lab(tiny_root, tmp_path), case(), watch=Watch(bins=1, halves=("null", "text")))
-    assert attention.words("S", half="null").all().keys() == {"start", "end", "padding"}  # of ""
+    assert attention.words("S", half="null").all().keys() == set(SPECIALS)  # of ""
     mixed = attention.curves("mixed", "T_in", half="null")
     assert not torch.equal(mixed, attention.curves("mixed", "T_in"))
     assert attention.curves("spill", "T_in", half="null").nansum() == 0

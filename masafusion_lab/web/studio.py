@@ -77,9 +77,9 @@ class Studio:
         self._tokenizer: Any = None
 
     def load(self) -> Job:
-        """Have the model loaded, once."""
+        """Have the model loaded, once; again where that failed."""
         with self._lock:
-            if self._loading is None:
+            if self._loading is None or (self._loading.future.done() and self._loading.future.exception()):
                 self._loading = self.desk.submit("", lambda job: self._load(job, self.experiment))
             return self._loading
 
