@@ -135,8 +135,8 @@ def write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
             for row in there:
                 row[name] = str(row[name])
         for row in there:
-            if isinstance(row[name], str):  # such as a file's name that is no UTF-8
-                row[name] = row[name].encode("utf-8", "backslashreplace").decode()
+            if isinstance(text := row[name], str):  # such as a file's name that is no UTF-8
+                row[name] = text.encode("utf-8", "backslashreplace").decode()
     with replacing(path) as partial:
         parquet.write_table(Table.from_pylist(rows), partial, compression="zstd")
 
