@@ -16,7 +16,7 @@ from experiments.picturebook import evaluate
 from experiments.picturebook.data import pixels
 from experiments.picturebook.judge import around, worn
 from masafusion_lab import InputError
-from masafusion_lab.hub import PICTUREBOOK
+from masafusion_lab.hub import PICTUREBOOK, SUMS, damaged
 from masafusion_lab.picturebook import ALL_POSES, KINDS, POSES, Scene, Thing, scene
 from masafusion_lab.picturebook.draw import draw
 from masafusion_lab.picturebook.edits import EDITS, edit
@@ -228,7 +228,8 @@ def test_what_is_missing_is_one_line_a_measure(tmp_path, capsys):
 
 def test_only_safetensors_ship_and_at_most_45_megabytes(shipped):
     files = [file for file in shipped.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} <= {".json", ".txt", ".safetensors", ".md"}
+    assert {file.suffix for file in files if file.name != SUMS} <= {".json", ".txt", ".safetensors", ".md"}
+    assert not damaged(shipped)
     assert sum(file.stat().st_size for file in files) <= 45e6
 
 
@@ -276,7 +277,7 @@ def test_truncated_weights_are_one_clear_line(shipped, tmp_path, part):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.xfail(strict=True, reason="the shipped weights are the first generation; their numbers: MODEL_CARD.md")
+@pytest.mark.xfail(strict=True, reason="two things at once are not painted yet: MODEL_CARD.md")
 def test_the_shipped_model_passes_the_bars_on_a_few_prompts(shipped):
     """A tenth below the bars of shares, as 25 prompts scatter by that much."""
     taken = evaluate.evaluate(evaluate.Bench(shipped, count=25))
