@@ -85,7 +85,7 @@ def test_word_maps_are_those_of_daam(lab):
     daam = Daam(lab.model.unet)
     watched(lab, edited, watch=Watch(bins=1))
     maps = attention.words("T")
-    for word, places in (("dog", [3]), ("red", [2, 5]), ("red dog", [2, 3]), ("start", [0]), ("end", [7])):
+    for word, places in (("dog", [3]), ("red", [2, 5]), ("red dog", [2, 3]), ("⟨start⟩", [0]), ("⟨end⟩", [7])):
         torch.testing.assert_close(maps.word(word).values, daam.word(places, (8, 12)), rtol=0, atol=1e-5)
 
 
