@@ -116,10 +116,11 @@ def app_seconds() -> float:
         call = [sys.executable, "-m", "masafusion_lab.cli", "app", f"out={folder}"]
         with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
             assert server.stdout is not None
-            urllib.request.urlopen(server.stdout.readline().split()[0]).read()
-            spent = time.perf_counter() - start
-            server.send_signal(signal.SIGINT)
-    return spent
+            try:
+                urllib.request.urlopen(server.stdout.readline().split()[0]).read()
+                return time.perf_counter() - start
+            finally:
+                server.send_signal(signal.SIGINT)
 
 
 @cache

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,17 +162,15 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def write_sums(folder: Path) -> None:
-    """Write down what the weights in the folder of a model are, for `damaged`."""
-    files = sorted(folder.rglob("*.safetensors"))
-    (folder / SUMS).write_text("".join(f"{_sum(file)}  {file.relative_to(folder).as_posix()}\n" for file in files))
-
-
 def damaged(folder: Path) -> list[str]:
-    """The weights in the folder of a model that are missing, or no longer what they were."""
+    """The weights in the folder of a model that are missing, or no longer what its SUMS says."""
     lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
-    return [name for known, name in lines if not (folder / name).is_file() or _sum(folder / name) != known]
+    return [name for known, name in lines if not (folder / name).is_file() or fingerprint([folder / name]) != known]
 
 
-def _sum(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def fingerprint(files: Iterable[Path]) -> str:
+    """The sha256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from masafusion_lab import InputError
-from masafusion_lab.hub import Fetch, Files, find, one_line, read_json, weight_files
+from masafusion_lab.hub import Fetch, Files, find, fingerprint, one_line, read_json, weight_files
 from masafusion_lab.network import (
     BASE,
     SUFFIX,
@@ -23,7 +23,6 @@ from masafusion_lab.network import (
     check_channels,
     check_prediction,
     find_unet,
-    fingerprint,
     read_changes,
 )
 from masafusion_lab.schedule import Schedule

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +83,3 @@ def read_changes(unet: Any, base: Files, changes: Files) -> None:
         unet.load_state_dict(weights)
     except RuntimeError as error:
         raise InputError(f"{changes.folder}: does not fit {base.folder}, copy both again: {one_line(error)}") from None
-
-
-def fingerprint(files: Iterable[Path]) -> str:
-    """The sha256 of files, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

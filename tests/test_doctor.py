@@ -48,7 +48,8 @@ def test_a_weight_that_rotted_and_a_file_that_is_missing_are_told(tmp_path, monk
     for name in ("model_index.json", "unet/weights.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"a" * 100)
-    hub.write_sums(tmp_path)
+    named = f"{hub.fingerprint([tmp_path / 'unet/weights.safetensors'])}  unet/weights.safetensors\n"
+    (tmp_path / hub.SUMS).write_text(named)
     monkeypatch.setattr(hub, "PICTUREBOOK", tmp_path)
     assert doctor._model("model").state == "ok"
     (tmp_path / "unet/weights.safetensors").write_bytes(b"a" * 99 + b"b")

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from masafusion_lab import InputError, config, phases
 from masafusion_lab.editor import Editor, Item
+from masafusion_lab.hub import fingerprint
 from masafusion_lab.inversion import Direct, EditFriendly, Inversion, Npi, retrace, slerp
 from masafusion_lab.methods import METHODS
 from masafusion_lab.model import StableDiffusion
-from masafusion_lab.network import BASE, TAUGHT, fingerprint
+from masafusion_lab.network import BASE, TAUGHT
 from tests.edits import Calls, case, drawn, lab
 
 STEPS = 4

@@ -13,8 +13,9 @@ from transformers import CLIPTextModel
 
 from experiments.picturebook import adapter, autoencoder, clip, grown, instruct, unet
 from experiments.picturebook.training import Settings, last, settings
-from masafusion_lab.hub import write_sums
+from masafusion_lab.hub import SUMS, fingerprint
 from masafusion_lab.network import TAUGHT
+from masafusion_lab.runs import write_text
 
 log = logging.getLogger(__name__)
 LIMIT = 90 * 10**6
@@ -48,7 +49,8 @@ def export(s: Export) -> Path:
     for name in ("judge", "dino"):
         if (made := Path(s.root) / name / "model").is_dir():
             shutil.copytree(made, out / name, dirs_exist_ok=True)
-    write_sums(out)
+    files = sorted(out.rglob("*.safetensors"))
+    write_text(out / SUMS, "".join(f"{fingerprint([file])}  {file.relative_to(out).as_posix()}\n" for file in files))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     log.info("%s: %.1f MB", out, size / 1e6)
     if size > LIMIT:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from experiments.picturebook import autoencoder, clip, unet
 from experiments.picturebook.training import Part, weights
-from masafusion_lab.network import BASE, fingerprint
+from masafusion_lab.hub import fingerprint
+from masafusion_lab.network import BASE
 
 TRAINED = re.compile(r"conv_in|attentions|norm|time_emb")
 """The weights that are trained and ship, 45 % of all: what reads the input, the words and the step."""
