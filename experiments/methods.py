@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ INVERSIONS = {
 
 Plain editing reads x_T alone, in which direct and DDIM inversion are the same.
 """
+VARIANTS = {"glide": {"glide": "", "glide_inpaint": " method.backend=inpaint"}}
+"""Of a method that is measured in several forms: their names, and their keys."""
 STEPS = {"instruct_pix2pix": 100, "hive": 100}
 """As published, where that is not 50."""
 MEASURES = {"l1": "l1", "edit_success": "done", "keep_psnr": "psnr_area"}
@@ -65,9 +68,9 @@ def rows_of(names: Iterable[str], words: Sequence[str]) -> dict[str, str]:
     for name in names:
         usual = ["direct"] if METHODS[name]().needs.inversion else [""]
         fixed = f" steps={STEPS[name]}" if name in STEPS and not any(w.startswith("steps=") for w in words) else ""
-        for inversion in INVERSIONS.get(name, usual):
+        for (variant, keys), inversion in product(VARIANTS.get(name, {name: ""}).items(), INVERSIONS.get(name, usual)):
             chosen = f" inversion.name={inversion}" if inversion else ""
-            found[f"{name} {inversion.split(' ')[0] or 'none'}"] = f"method.name={name}{chosen}{fixed}"
+            found[f"{variant} {inversion.split(' ')[0] or 'none'}"] = f"method.name={name}{keys}{chosen}{fixed}"
     return found
 
 
