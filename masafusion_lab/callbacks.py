@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,7 @@ class Attend(L.Callback):
                 continue
             job, (watching, b) = self.jobs[item.id], self.seen[item.id]
             attention, panels = watching.of(b), shown(item, edited)
+            attention = replace(attention, facts={**attention.facts, "key": job.key})
             pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
             drawn = (self.keep or draw)(job.folder, pictures, attention)
             for logger in trainer.loggers if drawn else ():

@@ -21,7 +21,7 @@ from masafusion_lab.figures import draw
 from masafusion_lab.heat import SPECIALS
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, page
-from masafusion_lab.runs import write_text
+from masafusion_lab.runs import read_json, write_text
 from masafusion_lab.watch import Watch
 
 LARGEST = 14_000_000
@@ -42,9 +42,11 @@ def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention
 
 
 def is_kept(folder: Path, watch: Watch) -> bool:
-    """Whether a folder holds what was seen under these settings."""
+    """Whether a folder holds what was seen of its result under these settings."""
     try:
-        return Attention.load(folder / MAPS).facts["watch"] == watch.facts and (folder / PAGE).is_file()
+        facts, result = Attention.load(folder / MAPS).facts, read_json(folder / "result.json")
+        its = facts["watch"] == watch.facts and facts.get("key") == result.get("key")
+        return its and (folder / PAGE).is_file()
     except (InputError, KeyError):
         return False
 

@@ -38,7 +38,7 @@ class Attention:
     of "self" and "cross" attention by depth: "name", "heads", "level"; "branches", name -> "x", its latent, and the
     prompts that its "text" and "null" halves read; "latents", name -> the branches that denoise it "inside" and
     "outside"; "prompts", name -> "text", "words" with the places of their tokens, "tokens", start and end among them,
-    "edited", numbers of the words that the other prompt does not have; "watch", settings.
+    "edited", numbers of the words that the other prompt does not have; "watch", settings; "key", of the edit's result.
     """
 
     facts: Mapping[str, Any]

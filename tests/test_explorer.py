@@ -78,6 +78,9 @@ def test_what_is_kept_is_of_the_settings_it_was_seen_under(attention, tmp_path):
     assert is_kept(tmp_path, Watch(bins=STEPS))
     assert is_kept(tmp_path, Watch(bins=STEPS, limit_gb=2))
     assert not is_kept(tmp_path, Watch(bins=STEPS, every=3))
+    (tmp_path / "result.json").write_text('{"key": "another"}')  # the case was edited otherwise, and that cut short
+    assert not is_kept(tmp_path, Watch(bins=STEPS))
+    (tmp_path / "result.json").unlink()
     (tmp_path / "attention.html").unlink()
     assert not is_kept(tmp_path, Watch(bins=STEPS))
 
