@@ -32,6 +32,7 @@ def test_words_are_found_wherever_they_stand_and_phrases_as_one(attention):
     maps = attention.words("T_in")
     assert maps.places("red") == [2, 5]
     assert maps.places("red  DOG") == [2, 3]
+    assert WordMaps([], [("a", [1]), ("t", [2]), ("-", [3]), ("shirt", [4])], (8, 8)).places("T-shirt") == [2, 3, 4]
     torch.testing.assert_close(maps.word("red").values, (maps.tokens[2] + maps.tokens[5]) / 2)
     assert list(maps.all()) == ["⟨start⟩", "a", "red", "dog", "on", "Red", "grass", "⟨end⟩", "⟨padding⟩"]
     assert attention.facts["prompts"]["target"]["edited"] == [1, 2, 4]
@@ -65,6 +66,7 @@ def test_maps_are_narrowed_by_steps_layers_and_heads(attention):
     [
         (lambda a: a.words("T_in").word("snow"), "'snow' is not in the prompt, whose words are: a, red, dog, on, Red"),
         (lambda a: a.words("T_in").word(" "), "is not in the prompt"),
+        (lambda a: a.words("T_in").word("reddog"), "'reddog' is not in the prompt"),
         (lambda a: a.words("T"), "branch 'T' was not seen; there are S, I_out, I_in, T_out, T_in, source, t2i, target"),
         (lambda a: a.words(layers=[10]), "cross-attention layer 10: was not seen; there are 0, 1, 2"),
         (lambda a: a.pixels(layers=[-1]), "self-attention layer -1: was not seen"),
