@@ -184,7 +184,8 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
     for name, branch in attention.facts["branches"].items():
         if branch["x"] not in pictures:
             continue
-        for word, heat in attention.words(name).all().items():
+        maps = attention.words(name)
+        for word, heat in maps.all().items():
             outside = None if mask is None else float((heat.values * (1 - mask)).sum() / heat.values.sum())
             rows.append(
                 {
@@ -192,7 +193,7 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
                     "branch": name,
                     "word": word,
                     "map": heat.overlay(pictures[branch["x"]]),
-                    "highest share": float(heat.values.max()) / attention.steps,
+                    "highest share": float(heat.values.max()) / maps.steps,
                     "share outside A": outside,
                 }
             )

@@ -60,6 +60,11 @@ class WordMaps:
     grid: tuple[int, int]
 
     @cached_property
+    def steps(self) -> float:
+        """What all tokens of a pixel sum to: the number of steps in which the branch was there and seen."""
+        return float(self.raw[0].float().sum(0).mean())
+
+    @cached_property
     def tokens(self) -> Tensor:
         """The mean map of each token, (tokens + 1, h, w) at latent resolution (Tang et al. 2023, (4))."""
         big = (F.interpolate(maps[None].float(), self.grid, mode="bicubic")[0].clamp(min=0) for maps in self.raw)
