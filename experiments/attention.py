@@ -78,7 +78,7 @@ def numbers(
     batches = -(-len(over) // experiment.batch)
 
     def track(items: Iterable[Any], what: str) -> Iterable[Any]:
-        return bar(items, f"{out.name}: {what}, {next(begun)} of {2 * batches} or less")  # inversions and edits
+        return bar(items, f"{out.name}: {what}, {next(begun)} of {3 * batches} or less")  # inversions, edits, pictures
 
     def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
         write_json(folder / NUMBERS, {"key": attention.facts["key"], "numbers": measure(attention)})

@@ -123,6 +123,17 @@ def test_numbers_of_another_edit_are_not_taken_for_these(words, tmp_path):
 
 
 @pytest.mark.slow
+def test_word_maps_are_held_against_the_true_regions_of_things(tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--json", str(tmp_path / "f"), "model.device=cpu", f"store={tmp_path / 'store'}"]
+    attention.main(["--only", "word_iou", "--count", "2", *out, "steps=2"])
+    found = json.loads((tmp_path / "f").read_text())
+    of = [json.loads(path.read_text())["numbers"] for path in tmp_path.glob("word_iou/*/meters.json")]
+    assert found["word_iou"] == pytest.approx(sum(its["iou"] for its in of) / 2)
+    assert found["word_iou_by_chance"] == pytest.approx(sum(its["by_chance"] for its in of) / 2)
+    assert 0 <= found["word_iou_interval"][0] <= found["word_iou"] <= found["word_iou_interval"][1] < 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_overhead_is_measured_on_a_model_of_any_shape(tmp_path, capsys):
     words = ["size=128", "steps=2", "model.device=cpu", f"store={tmp_path / 'store'}"]
