@@ -140,6 +140,8 @@ class Watching:
 def span(text: str, what: str) -> Span:
     """The integers that "A:B", "A:", ":B" or a single one means. Raises InputError."""
     try:
+        if "-" in text:
+            raise ValueError
         a, colon, b = text.partition(":")
         return Span(int(a or 0), int(b) if b else None if colon else int(a) + 1)
     except ValueError:

@@ -146,7 +146,7 @@ def test_only_chosen_steps_and_layers_are_watched(tiny_root, tmp_path):
     assert attention.curves("flow", "S")[:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("text", ["x", "1:y", "1.5"])
+@pytest.mark.parametrize("text", ["x", "1:y", "1.5", "", "-3:"])
 def test_a_range_that_is_none_is_refused(text):
     with pytest.raises(InputError, match="give a range"):
         span(text, "--steps")
