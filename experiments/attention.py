@@ -60,6 +60,7 @@ METHODS = {
     "region_only": "method.name=masafusion_no_adapter",  # (14)
     "plain": "method.name=plain",
 }
+NAMES = ("overhead", "word_iou", "interference")
 NUMBERS = "meters.json"
 METERS = {"interference": ("inside", "outside"), "crossing": ("leaving", "entering"), "words_outside": ()}
 """What is told of a method, with its parts."""
@@ -77,15 +78,18 @@ def numbers(
     batches = -(-len(over) // experiment.batch)
 
     def track(items: Iterable[Any], what: str) -> Iterable[Any]:
-        return bar(items, f"{out.name}: {what}, {next(begun)} of {2 * batches} or less")  # inversions and edits
+        return bar(items, f"{out.name}: {what}, {next(begun)} of {3 * batches} or less")  # inversions, edits, pictures
 
     def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention) -> dict[str, Image.Image]:
-        write_json(folder / NUMBERS, measure(attention))
+        write_json(folder / NUMBERS, {"key": attention.facts["key"], "numbers": measure(attention)})
         return {}
 
+    def measured(folder: Path) -> bool:
+        return bool(of := read_json(folder / NUMBERS)) and of.get("key") == read_json(folder / "result.json").get("key")
+
     lab, attend = phases.build(experiment, track=track), Attend(Watch(bins=1, **look), keep=keep)
-    folders = phases.edit(lab, over, out, callbacks=[attend], whole=lambda folder: (folder / NUMBERS).is_file())
-    return [{name: float(value) for name, value in read_json(folder / NUMBERS).items()} for folder in folders]
+    folders = phases.edit(lab, over, out, callbacks=[attend], whole=measured)
+    return [{k: float(v) for k, v in read_json(folder / NUMBERS)["numbers"].items()} for folder in folders]
 
 
 def word_iou(count: int, out: Path, words: Sequence[str]) -> dict[str, Any]:
@@ -189,6 +193,8 @@ def described(values: np.ndarray) -> dict[str, Any]:
 def bootstrap(values: Sequence[float] | np.ndarray, resamples: int = 10_000) -> tuple[float, tuple[float, float]]:
     """The mean and its 95 % interval, by resampling."""
     values = np.asarray(values)
+    if not values.size:
+        return np.nan, (np.nan, np.nan)
     drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.quantile(values[drawn].mean(1), (0.025, 0.975))
     return float(values.mean()), (float(low), float(high))
@@ -232,7 +238,7 @@ def written(its: Mapping[str, Any]) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="overhead,word_iou,interference", help="numbers, separated by commas")
+    parser.add_argument("--only", default=",".join(NAMES), help="numbers, separated by commas")
     parser.add_argument("--count", type=int, default=200, help="pictures and edits")
     parser.add_argument("--repeats", type=int, default=3, help="edits with and without taps")
     parser.add_argument("--shape", choices=SHAPES, default="picturebook", help="of the model of overhead")
@@ -244,8 +250,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=8 steps=20")
     given = parser.parse_args(argv)
     methods = given.methods.split(",")
-    if unknown := [name for name in methods if name not in METHODS]:
-        parser.error(f"--methods {','.join(unknown)}: there are {', '.join(METHODS)}")
+    only = given.only.split(",")
+    for option, names, there in (("methods", methods, METHODS), ("only", only, NAMES)):
+        if unknown := [name for name in names if name not in there]:
+            parser.error(f"--{option} {','.join(unknown)}: there are {', '.join(there)}")
+    if given.count < 2:
+        parser.error(f"--count {given.count}: an interval takes 2 or more")
     logging.basicConfig(level=logging.WARNING if console.is_terminal else logging.INFO, format="%(message)s")
     found: dict[str, Any] = {"count": given.count, "words": given.words}
     with shaped(given.shape) as shape:
@@ -254,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
             "word_iou": lambda: word_iou(given.count, given.out, given.words),
             "interference": lambda: interference(given.count, given.out, given.words, methods),
         }.items():
-            if name in given.only.split(","):
+            if name in only:
                 found |= work()
                 if given.json:
                     write_json(given.json, found)

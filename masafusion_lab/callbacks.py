@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,7 @@ class Attend(L.Callback):
                 continue
             job, (watching, b) = self.jobs[item.id], self.seen[item.id]
             attention, panels = watching.of(b), shown(item, edited)
+            attention = replace(attention, facts={**attention.facts, "key": job.key})
             pictures = {x: panels[name] for x, name in NAMES.items() if x in attention.facts["latents"]}
             drawn = (self.keep or draw)(job.folder, pictures, attention)
             for logger in trainer.loggers if drawn else ():
@@ -183,7 +184,8 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
     for name, branch in attention.facts["branches"].items():
         if branch["x"] not in pictures:
             continue
-        for word, heat in attention.words(name).all().items():
+        maps = attention.words(name)
+        for word, heat in maps.all().items():
             outside = None if mask is None else float((heat.values * (1 - mask)).sum() / heat.values.sum())
             rows.append(
                 {
@@ -191,7 +193,7 @@ def word_table(attention: Attention, pictures: Mapping[str, Image.Image]) -> lis
                     "branch": name,
                     "word": word,
                     "map": heat.overlay(pictures[branch["x"]]),
-                    "highest share": float(heat.values.max()) / attention.steps,
+                    "highest share": float(heat.values.max()) / maps.steps,
                     "share outside A": outside,
                 }
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from masafusion_lab.figures import draw
 from masafusion_lab.heat import SPECIALS
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, page
-from masafusion_lab.runs import write_text
+from masafusion_lab.runs import read_json, write_text
 from masafusion_lab.watch import Watch
+
+log = logging.getLogger(__name__)
 
 LARGEST = 14_000_000
 """Bytes of a page."""
@@ -42,9 +45,11 @@ def keep(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention
 
 
 def is_kept(folder: Path, watch: Watch) -> bool:
-    """Whether a folder holds what was seen under these settings."""
+    """Whether a folder holds what was seen of its result under these settings."""
     try:
-        return Attention.load(folder / MAPS).facts["watch"] == watch.facts and (folder / PAGE).is_file()
+        facts, result = Attention.load(folder / MAPS).facts, read_json(folder / "result.json")
+        its = facts["watch"] == watch.facts and facts.get("key") == result.get("key")
+        return its and (folder / PAGE).is_file()
     except (InputError, KeyError):
         return False
 
@@ -71,13 +76,14 @@ DETAILS = (
 
 
 def explorer(attention: Attention, pictures: Mapping[str, Image.Image], *, largest: int = LARGEST) -> str:
-    """The page of a case; `pictures` by latent. As fine as fits into so many bytes."""
+    """The page of a case; `pictures` by latent. As fine as fits into so many bytes; warns where nothing fits."""
     for detail in DETAILS:
         facts = _facts(attention, pictures, detail)
         maps, blob = _packed(attention, detail)
         html = page("attention.html", case=attention.facts["case"], facts=facts | {"maps": maps}, blob=blob)
-        if len(html) <= largest:
-            break
+        if (size := len(html.encode())) <= largest:
+            return html
+    log.warning("%s takes %.1f MB, though it is as coarse as can be; fewer --layers take less", PAGE, size / 1e6)
     return html
 
 
@@ -139,10 +145,11 @@ def _packed(attention: Attention, detail: Detail) -> tuple[dict[str, Any], str]:
     index: dict[str, Any] = {}
     scales, cells = [], []
     of_scale = of_cell = 0
-    for name, maps, queries in _shown(attention, detail):
+    for name, maps, queries, seen in _shown(attention, detail):
         flat = maps.flatten(-2)
         scale = flat.amax(-1).clamp(min=1e-12)
-        index[name] = {"shape": list(maps.shape), "scale": of_scale, "cell": of_cell, "queries": queries}
+        its = {"shape": list(maps.shape), "queries": queries, "seen": seen}
+        index[name] = its | {"scale": of_scale, "cell": of_cell}
         scales.append(scale.flatten().numpy().astype("<f4").tobytes())
         cells.append((flat / scale[..., None] * 255).round().byte().numpy().tobytes())
         of_scale, of_cell = of_scale + scale.numel(), of_cell + flat.numel()
@@ -150,27 +157,26 @@ def _packed(attention: Attention, detail: Detail) -> tuple[dict[str, Any], str]:
     return {"index": index, "scales": of_scale}, base64.b64encode(data).decode()
 
 
-def _shown(attention: Attention, detail: Detail) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+def _shown(attention: Attention, detail: Detail) -> Iterator[tuple[str, Tensor, tuple[int, ...], list[float]]]:
     """The maps of a page, "words/BRANCH/DEPTH" (bins, heads, tokens, h, w) and "pixels/BRANCH/DEPTH" (bins, q, h, w).
 
-    With them, of the latter, the height and width that the queries q have.
+    With them, of the latter, the height and width that the queries q have; and in how many steps of each bin the branch
+    was there and seen.
     """
     for name, x in attention.tensors.items():
         kind, branch, half, depth = (name.split("/") + [""] * 3)[:4]
         if half != "text" or kind not in ("words", "pixels"):
             continue
         maps = x.float() if detail.parts else x.float().sum(0, keepdim=True)
+        mass = maps.sum(2 if kind == "words" else (3, 4), keepdim=True)
+        seen = [round(steps, 3) for steps in mass.flatten(1).mean(1).tolist()]
+        maps = maps / mass.clamp(min=1e-12)  # the share of each token, or of each cell
         if kind == "words":
-            maps = maps / maps.sum(2, keepdim=True).clamp(min=1e-12)  # the share of each token
             maps = maps if detail.heads else maps.mean(1, keepdim=True)
-            yield f"words/{branch}/{depth}", _smaller(maps, detail.words, mean=True), ()
+            yield f"words/{branch}/{depth}", _smaller(maps, detail.words, mean=True), (), seen
         else:
-            maps = maps / maps.sum((3, 4), keepdim=True).clamp(min=1e-12)
-            yield (
-                f"pixels/{branch}/{depth}",
-                _smaller(maps.flatten(1, 2), detail.keys, mean=False),
-                tuple(maps.shape[1:3]),
-            )
+            cells = tuple(maps.shape[1:3])
+            yield f"pixels/{branch}/{depth}", _smaller(maps.flatten(1, 2), detail.keys, mean=False), cells, seen
 
 
 def _smaller(maps: Tensor, side: int, *, mean: bool) -> Tensor:

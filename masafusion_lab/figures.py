@@ -44,19 +44,21 @@ def draw(folder: Path, pictures: Mapping[str, Image.Image], attention: Attention
 @styled
 def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Image:
     """The word maps over the pictures, as in the paper's Figure 10, with the specials."""
-    maps = {x: attention.words(x).all() for x in pictures}
-    longest = max(map(len, maps.values()))
+    maps = {x: attention.words(x) for x in pictures}
+    heats = {x: of.all() for x, of in maps.items()}
+    longest = max(map(len, heats.values()))
     lines = -(-longest // MOST)
     columns = -(-longest // lines)
-    sheet = Sheet(len(maps) * lines, columns + 1, next(iter(pictures.values())), foot=0.7)
-    for top, (x, of) in enumerate(maps.items()):
+    sheet = Sheet(len(heats) * lines, columns + 1, next(iter(pictures.values())), foot=0.7)
+    for top, (x, of) in enumerate(heats.items()):
         sheet.put(top * lines, 0, pictures[x], NAMES.get(x, x), weight="bold", fontsize=6.5)
         prompt = attention.facts["prompts"][attention.facts["branches"][attention.branch(x)]["text"]]
         edited = {prompt["words"][k][0] for k in prompt["edited"]}
         for k, (word, heat) in enumerate(of.items()):
-            title = f"{word}\n{100 * float(heat.values.max()) / attention.steps:.2g} %"
+            title = f"{word}\n{100 * float(heat.values.max()) / maps[x].steps:.3g} %"
             place = top * lines + k // columns, 1 + k % columns
-            sheet.put(*place, heat.overlay(pictures[x]), title, color=MARK if word in edited else INK)
+            colour, size = MARK if word in edited else INK, max(5, min(8, 120 * sheet.w / len(word)))
+            sheet.put(*place, heat.overlay(pictures[x]), title, color=colour, fontsize=size)
     sheet.bar(
         "cross-attention, from the lowest (0) to the highest (1) of each map; under a word the highest share of a "
         "pixel's\nattention that it has; in red the words that the edit changes"
@@ -67,6 +69,7 @@ def words(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Im
 @styled
 def self_attention(attention: Attention, pictures: Mapping[str, Image.Image]) -> Image.Image:
     """What the region, and a pixel inside and one outside, attend to, by picture; and principal components."""
+    pictures = {x: picture for x, picture in pictures.items() if attention.seen("pixels", attention.branch(x))}
     mask = attention.tensors.get("mask")
     points = _points(mask)
     sheet = Sheet(len(pictures), 2 + (mask is not None) + len(points), next(iter(pictures.values())), foot=0.85)
@@ -112,7 +115,8 @@ class Sheet:
         self.axes.text(left + self.w / 2, top - 0.04, title, ha="center", va="bottom", **style)
         if mask is not None and 0 < float(mask.mean()) < 1:
             edge = F.interpolate(mask[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
-            self.axes.contour(edge, levels=[0.5], extent=where, origin="upper", colors="white", linewidths=0.8)
+            for colour, width in (("black", 1.6), ("white", 0.8)):  # seen on snow too
+                self.axes.contour(edge, levels=[0.5], extent=where, origin="upper", colors=colour, linewidths=width)
         return left, top, self.w, self.h
 
     def bar(self, label: str) -> None:
@@ -128,10 +132,11 @@ def nearness(attention: Attention) -> str:
     said = []
     for x, its in attention.facts["latents"].items():
         pair = f"{its['inside']}:{target}"
-        if any(name.startswith(f"distance/{pair}/") for name in attention.tensors):
+        if attention.seen("distance", pair):
             apart = float(attention.curves("distance", pair)[..., 0].nanmean())
             said.append(f"{NAMES.get(x, x)} {apart:.3f}")
-    return f"distance from the target's own self-attention inside the region, 0 to 1: {', '.join(said)}" if said else ""
+    where = " inside the region" if "mask" in attention.tensors else ""
+    return f"distance from the target's own self-attention{where}, 0 to 1: {', '.join(said)}" if said else ""
 
 
 @styled
@@ -174,21 +179,21 @@ def interference(attention: Attention) -> Image.Image:
 
 def _curves(attention: Attention, kind: str, name: str) -> torch.Tensor | None:
     """(layers, T, 2), or None where nothing was recorded."""
-    there = any(key.startswith(f"{kind}/{name}/") for key in attention.tensors)
-    return attention.curves(kind, name) if there else None
+    return attention.curves(kind, name) if attention.seen(kind, name) else None
 
 
 def _curve(axes: Any, values: torch.Tensor, label: str, colour: str, *, dashed: bool = False) -> None:
     """One curve over the steps that were seen."""
     at = (~values.isnan()).nonzero().flatten()
-    axes.plot(at, values[at], "--" if dashed else "-o", color=colour, label=label, ms=2.5, lw=0.9 if dashed else 1.3)
+    line, width, size = ("--o", 0.9, 1.5) if dashed else ("-o", 1.3, 2.5)
+    axes.plot(at, values[at], line, color=colour, label=label, ms=size, lw=width)
 
 
 def _labelled(axes: Any, title: str, y: str, x: str = "step, from noise to picture") -> None:
-    axes.set(title=title, xlabel=x, ylabel=y, ylim=(-0.03, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=title, xlabel=x, ylabel=y, ylim=(-0.03, 1.03))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        axes.legend(frameon=True, framealpha=0.8, edgecolor="none")  # it may lie over bars
     else:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=INK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,11 @@ class WordMaps:
     grid: tuple[int, int]
 
     @cached_property
+    def steps(self) -> float:
+        """What all tokens of a pixel sum to: the number of steps in which the branch was there and seen."""
+        return float(self.raw[0].float().sum(0).mean())
+
+    @cached_property
     def tokens(self) -> Tensor:
         """The mean map of each token, (tokens + 1, h, w) at latent resolution (Tang et al. 2023, (4))."""
         big = (F.interpolate(maps[None].float(), self.grid, mode="bicubic")[0].clamp(min=0) for maps in self.raw)
@@ -75,10 +81,10 @@ class WordMaps:
 
     def places(self, text: str) -> list[int]:
         """The places of all tokens of a word or phrase, wherever it stands in the prompt. Raises InputError."""
-        said, wanted, found = [word.lower() for word, _ in self.words], "".join(text.lower().split()), list[int]()
+        said, wanted, found = [word.lower() for word, _ in self.words], _spaced(text.lower()), list[int]()
         for a in range(len(said)):
             for b in range(a + 1, len(said) + 1):
-                if wanted and "".join(said[a:b]) == wanted:
+                if wanted and _spaced(" ".join(said[a:b])) == wanted:
                     found += [place for _, places in self.words[a:b] for place in places]
         if not found:
             there = ", ".join(dict.fromkeys(word for word, _ in self.words)) or "none"
@@ -138,6 +144,11 @@ def components(many: Sequence[PixelMaps]) -> list[Tensor]:
     low, high = parts.min(0).values, parts.max(0).values
     colours = F.pad((parts - low) / (high - low).clamp(min=1e-12), (0, 3 - parts.shape[1]))
     return [its.T.unflatten(1, means[0].shape[:2]) for its in colours.chunk(len(means))]
+
+
+def _spaced(text: str) -> str:
+    """A text with a space between two letters alone: tokenizers make words of "t-shirt" and "42", not of "red cat"."""
+    return re.sub(r"(?<![^\W\d_]) | (?![^\W\d_])", "", " ".join(text.split()))
 
 
 def _resized(x: Tensor, size: Sequence[int]) -> Tensor:

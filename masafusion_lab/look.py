@@ -47,6 +47,7 @@ STYLE: Any = {
     "figure.facecolor": PAPER,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # "$" in a prompt is a dollar
 }
 
 

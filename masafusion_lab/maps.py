@@ -38,16 +38,11 @@ class Attention:
     of "self" and "cross" attention by depth: "name", "heads", "level"; "branches", name -> "x", its latent, and the
     prompts that its "text" and "null" halves read; "latents", name -> the branches that denoise it "inside" and
     "outside"; "prompts", name -> "text", "words" with the places of their tokens, "tokens", start and end among them,
-    "edited", numbers of the words that the other prompt does not have; "watch", settings.
+    "edited", numbers of the words that the other prompt does not have; "watch", settings; "key", of the edit's result.
     """
 
     facts: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-
-    @property
-    def steps(self) -> int:
-        """The number of steps that word maps are summed over."""
-        return sum(stop - first for first, stop in self.facts["bins"])
 
     @property
     def main(self) -> str:
@@ -115,8 +110,7 @@ class Attention:
         "mixed": by what is read, the share of what is kept inside A and of what is new outside; "flow": by place, the
         share that leaves A, and that enters. A branch's attention elsewhere is not counted: it makes no picture.
         """
-        its = self.facts["latents"][latent]
-        inside, outside = self.curves(kind, its["inside"]), self.curves(kind, its["outside"])
+        inside, outside = self._sides(kind, latent)
         return torch.stack([inside[..., 0], torch.where(outside.isnan(), inside, outside)[..., 1]], -1)
 
     def spilled(self, latent: str = "target") -> Tensor:
@@ -125,11 +119,15 @@ class Attention:
         It is 0 where another prompt denoises the outside, which does not have these words.
         """
         its, branches = self.facts["latents"][latent], self.facts["branches"]
-        inside, outside = self.curves("spill", its["inside"]), self.curves("spill", its["outside"])
+        inside, outside = self._sides("spill", latent)
         if branches[its["inside"]]["text"] != branches[its["outside"]]["text"]:
             outside = 0 * outside
         inside, outside = inside[..., 0], torch.where(outside.isnan(), inside, outside)[..., 1]
         return outside / (inside + outside)
+
+    def seen(self, kind: str, name: str, half: str = "text") -> bool:
+        """Whether anything of a kind was recorded of a branch, or of "A:B": it need not be there in steps looked at."""
+        return any(key.startswith(f"{kind}/{name}/{half}/") for key in self.tensors)
 
     def branch(self, name: str) -> str:
         """A branch by its name, or by that of the latent that it denoises inside the region. Raises InputError."""
@@ -160,6 +158,13 @@ class Attention:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: holds no attention maps ({' '.join(str(error).split())[:100]})") from None
+
+    def _sides(self, kind: str, latent: str) -> tuple[Tensor, Tensor]:
+        """The curves of what denoises a latent inside and outside the region; NaN where nothing else does outside."""
+        its = self.facts["latents"][latent]
+        inside = self.curves(kind, its["inside"])
+        there = self.seen(kind, its["outside"])
+        return inside, self.curves(kind, its["outside"]) if there else torch.full_like(inside, torch.nan)
 
     def _layers(self, kind: str, branch: str, half: str) -> dict[int, Tensor]:
         """The tensors of a kind by depth. Raises InputError if there are none."""

@@ -55,7 +55,7 @@ def report(folder: Path, result: Mapping[str, Any] | None = None) -> Path:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     before, after = difference(result["prompts"]["source"], result["prompts"]["target"])
     pictures = [name for name in result["files"] if name.endswith(".png") and not name.startswith("strip")]
-    run = folder.parent if (folder.parent / "config.yaml").is_file() else folder  # of several cases one
+    run = next((its for its in (folder, folder.parent) if (its / "config.yaml").is_file()), folder)  # of several, one
     text = page(
         "report.html",
         result=result,

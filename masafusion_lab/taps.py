@@ -38,10 +38,10 @@ class Scope:
         named = self.branches is None or branch in self.branches
         return named and half in self.halves and i in self.steps and site.depth in self.layers
 
-    def check(self, sites: Sequence[Site], steps: int) -> None:
-        """Raise InputError if nothing would be seen in a run of `steps` steps by a model with these layers."""
-        if not any(i in self.steps for i in range(steps)):
-            raise InputError(f"steps {self.steps}: the run has steps 0 to {steps - 1}")
+    def check(self, sites: Sequence[Site], steps: Sequence[int]) -> None:
+        """Raise InputError if nothing would be seen in a run of these steps by a model with these layers."""
+        if not any(i in self.steps for i in steps):
+            raise InputError(f"steps {self.steps}: the run has steps {steps[0]} to {steps[-1]}")
         deepest = max(site.depth for site in sites)
         if not any(depth in self.layers for depth in range(deepest + 1)):
             raise InputError(f"layers {self.layers}: the model has layers 0 to {deepest}, of each kind of attention")

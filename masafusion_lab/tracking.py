@@ -150,7 +150,7 @@ def log_curves(logger: Any, key: str, x: Sequence[float], curves: Mapping[str, S
     """Record curves over x, whose meaning is the last part of the key, where a logger can draw them."""
     if isinstance(logger, Guarded):
         logger.attempt(log_curves, logger.logger, key, x, curves, step)
-    elif isinstance(logger, WandbLogger):
+    elif isinstance(logger, WandbLogger) and x:  # W&B draws none without points
         from wandb import plot
 
         chart = plot.line_series(list(x), [list(y) for y in curves.values()], list(curves), key, "step")

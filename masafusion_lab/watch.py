@@ -52,11 +52,12 @@ class Watch:
         Raises InputError where nothing would be seen, or the maps would be more than memory allows.
         """
         model, steps = editor.model, len(editor.schedule)
-        Scope(self.steps, self.layers).check(model.sites, steps)
         plan = editor.method.plan(model.sites, steps)
+        run = [i for i in range(steps) if i in plan.run]
+        Scope(self.steps, self.layers).check(model.sites, run)
         latents = denoisers(plan)
         shown = [inside for inside, _ in latents.values()]
-        seen = [i for i in range(steps) if i in self.steps]
+        seen = [i for i in run if i in self.steps]
         parts = [range(seen[part.start], seen[part.stop - 1] + 1) for part in bins(len(seen), self.bins)]
         looks = Scope({i for part in parts for i in part[:: self.every]}, self.layers, None, self.halves)
         prompts = [prompts_of(model, item) for item in batch]
@@ -112,6 +113,8 @@ class Watching:
                 n = prompts[_prompt(branches[branch], half)]["tokens"]
                 tensors[name] = torch.cat([maps[:, :, :n], maps[:, :, n:].sum(2, keepdim=True)], 2)
         latents = self.latents or {branch.x: (name, name) for name, branch in branches.items()}
+        # of those that were there in the steps that were seen
+        latents = {x: (a, b if b in branches else a) for x, (a, b) in latents.items() if a in branches}
         facts = {
             "case": item.id,
             "steps": self.steps,
@@ -137,6 +140,8 @@ class Watching:
 def span(text: str, what: str) -> Span:
     """The integers that "A:B", "A:", ":B" or a single one means. Raises InputError."""
     try:
+        if "-" in text:
+            raise ValueError
         a, colon, b = text.partition(":")
         return Span(int(a or 0), int(b) if b else None if colon else int(a) + 1)
     except ValueError:

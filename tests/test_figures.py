@@ -11,6 +11,7 @@ import experiments
 from experiments import attention, error_budget, figures, timing
 from masafusion_lab import config
 from masafusion_lab.methods import METHODS
+from tests.edits import case as a_case
 
 SCRIPTS = sorted(path.stem for path in Path(experiments.__file__).parent.glob("fig[0-9]*.py"))
 
@@ -92,10 +93,44 @@ def test_the_interference_of_methods_is_told_with_what_follows_from_their_rules(
     assert "masafusion" in capsys.readouterr().out
 
 
-def test_an_unknown_method_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--methods", "masafusion,unmasked"), "there are masafusion, no_region, region_only, plain"),
+        (("--only", "overhed"), "there are overhead, word_iou, interference"),
+        (("--count", "1"), "an interval takes 2 or more"),
+    ],
+)
+def test_numbers_and_methods_that_there_are_not_are_refused(capsys, wrong, said):
     with pytest.raises(SystemExit):
-        attention.main(["--methods", "masafusion,unmasked"])
-    assert "there are masafusion, no_region, region_only, plain" in capsys.readouterr().err
+        attention.main([*wrong])
+    assert said in capsys.readouterr().err
+
+
+def test_numbers_of_another_edit_are_not_taken_for_these(words, tmp_path):
+    asked = []
+
+    def measure(seen):
+        return {"n": len(asked.append(seen) or asked)}
+
+    def numbers():
+        over = [a_case(hints={}, target="")]
+        return attention.numbers(tmp_path / "n", [*words, "method.name=replay"], over, measure, heads=False)
+
+    assert numbers() == numbers() == [{"n": 1}]
+    (tmp_path / "n" / attention.NUMBERS).write_text('{"key": "another", "numbers": {"n": 7}}')
+    assert numbers() == [{"n": 2}]
+
+
+@pytest.mark.slow
+def test_word_maps_are_held_against_the_true_regions_of_things(tmp_path, capsys):
+    out = ["--out", str(tmp_path), "--json", str(tmp_path / "f"), "model.device=cpu", f"store={tmp_path / 'store'}"]
+    attention.main(["--only", "word_iou", "--count", "2", *out, "steps=2"])
+    found = json.loads((tmp_path / "f").read_text())
+    of = [json.loads(path.read_text())["numbers"] for path in tmp_path.glob("word_iou/*/meters.json")]
+    assert found["word_iou"] == pytest.approx(sum(its["iou"] for its in of) / 2)
+    assert found["word_iou_by_chance"] == pytest.approx(sum(its["by_chance"] for its in of) / 2)
+    assert 0 <= found["word_iou_interval"][0] <= found["word_iou"] <= found["word_iou_interval"][1] < 1
 
 
 @pytest.mark.slow

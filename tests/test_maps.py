@@ -9,14 +9,16 @@ from PIL import Image
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import install
+from masafusion_lab.figures import figures
 from masafusion_lab.fusion import Span
 from masafusion_lab.heat import SPECIALS, Heat, PixelMaps, WordMaps
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
 from masafusion_lab.watch import Watch, denoisers, span
-from tests.edits import STEPS, case, watched
+from tests.edits import STEPS, case, drawn, watched
 from tests.edits import lab as make_lab
 
+PICTURES = {x: drawn(shift=k) for k, x in enumerate(("source", "t2i", "target"))}
 GENERATION = "t2i_only method.hint_until=0"
 """Text to image: nothing is inverted, and nothing read."""
 
@@ -32,6 +34,7 @@ def test_words_are_found_wherever_they_stand_and_phrases_as_one(attention):
     maps = attention.words("T_in")
     assert maps.places("red") == [2, 5]
     assert maps.places("red  DOG") == [2, 3]
+    assert WordMaps([], [("a", [1]), ("t", [2]), ("-", [3]), ("shirt", [4])], (8, 8)).places("T-shirt") == [2, 3, 4]
     torch.testing.assert_close(maps.word("red").values, (maps.tokens[2] + maps.tokens[5]) / 2)
     assert list(maps.all()) == ["⟨start⟩", "a", "red", "dog", "on", "Red", "grass", "⟨end⟩", "⟨padding⟩"]
     assert attention.facts["prompts"]["target"]["edited"] == [1, 2, 4]
@@ -65,6 +68,7 @@ def test_maps_are_narrowed_by_steps_layers_and_heads(attention):
     [
         (lambda a: a.words("T_in").word("snow"), "'snow' is not in the prompt, whose words are: a, red, dog, on, Red"),
         (lambda a: a.words("T_in").word(" "), "is not in the prompt"),
+        (lambda a: a.words("T_in").word("reddog"), "'reddog' is not in the prompt"),
         (lambda a: a.words("T"), "branch 'T' was not seen; there are S, I_out, I_in, T_out, T_in, source, t2i, target"),
         (lambda a: a.words(layers=[10]), "cross-attention layer 10: was not seen; there are 0, 1, 2"),
         (lambda a: a.pixels(layers=[-1]), "self-attention layer -1: was not seen"),
@@ -94,6 +98,27 @@ def test_what_cannot_be_watched_is_refused_before_anything_is_denoised(tiny_root
         watched(make_lab(tiny_root, tmp_path), case(), watch=watch)
 
 
+def test_steps_that_a_method_leaves_out_are_not_watched(tiny_root, tmp_path):
+    lab = make_lab(tiny_root, tmp_path, "method.name=sdedit", "method.strength=0.7")
+    with pytest.raises(InputError, match="steps 0:1: the run has steps 1 to 2"):
+        watched(lab, case(hints={}), watch=Watch(Span(0, 1)))
+    _, (attention,) = watched(lab, case(hints={}), watch=Watch(bins=1))
+    assert attention.facts["bins"] == [[1, 3]]
+    assert attention.words().steps == pytest.approx(2)
+
+
+def test_a_branch_may_not_be_there_in_the_steps_that_are_watched(tiny_root, tmp_path):
+    lab = make_lab(tiny_root, tmp_path, "method.fusion_steps=[1,2]", "method.fusion_of=both")
+    _, (whole,) = watched(lab, case(), watch=Watch(bins=1))  # looks at self-attention in step 0
+    assert not whole.seen("pixels", "S")
+    assert set(figures(whole, PICTURES)) == {"words", "self_attention", "interference"}
+    assert not whole.spilled()[:, 0].isnan().any()
+    _, (late,) = watched(lab, case(), watch=Watch(Span(2)))
+    its = {"t2i": {"inside": "I_in", "outside": "I_in"}, "target": {"inside": "T_in", "outside": "T_in"}}
+    assert late.facts["latents"] == its
+    assert torch.equal(late.interference("target", "flow")[:, 2], late.curves("flow", "T_in")[:, 2])
+
+
 def test_the_null_half_of_guidance_is_watched_where_that_is_asked_for(tiny_root, tmp_path):
     _, (attention,) = watched(make_lab(tiny_root, tmp_path), case(), watch=Watch(bins=1, halves=("null", "text")))
     assert attention.words("S", half="null").all().keys() == set(SPECIALS)  # of ""
@@ -121,7 +146,7 @@ def test_only_chosen_steps_and_layers_are_watched(tiny_root, tmp_path):
     assert attention.curves("flow", "S")[:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("text", ["x", "1:y", "1.5"])
+@pytest.mark.parametrize("text", ["x", "1:y", "1.5", "", "-3:"])
 def test_a_range_that_is_none_is_refused(text):
     with pytest.raises(InputError, match="give a range"):
         span(text, "--steps")

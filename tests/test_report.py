@@ -103,6 +103,9 @@ def test_the_page_shows_pictures_prompts_numbers_and_the_command_that_runs_it_ag
 def test_of_one_case_of_several_it_is_the_run_that_can_be_run_again(tmp_path):
     (tmp_path / "config.yaml").touch()
     assert f"--config {tmp_path / 'config.yaml'} out={tmp_path}-again" in Page(report(tmp_path / "cat-1", RESULT)).text
+    own = tmp_path / "cat-1"
+    (own / "config.yaml").touch()  # a run of its own, in a folder where someone keeps a config.yaml
+    assert f"--config {own / 'config.yaml'} out={own}-again" in Page(report(own, RESULT)).text
 
 
 def test_the_page_can_be_made_anew_from_what_is_on_record(tmp_path):
