@@ -130,8 +130,8 @@ class FlowTap:
       "mixed/BRANCH/HALF/DEPTH"  by what is read: inside, of all but what is made anew; outside, of what is made anew.
     Made anew are the values inside A of branches on any latent but `kept`, that of the source: those that a rule takes
     from the source are kept wherever they lie. "spill/BRANCH/HALF/DEPTH" -> (B, T, heads, 2), of cross-attention: the
-    mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. Where nothing was seen, or
-    there is no query, NaN. `mask`: A at latent resolution, (B, 1, h, w).
+    mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. Where nothing was seen, there is
+    no query, or A has no pixel on a layer's grid, NaN. `mask`: A at latent resolution, (B, 1, h, w).
     """
 
     mask: Tensor
@@ -150,6 +150,7 @@ class FlowTap:
         """Add these queries to the step's mass."""
         inside = region(self.mask, sight.grid)  # (B, pixels)
         all_of = torch.stack([inside.sum(-1), (1 - inside).sum(-1)], -1)[:, None]  # (B, 1, 2)
+        nowhere = torch.where(all_of[..., :1] > 0, 0, torch.nan)
         done: dict[tuple[Any, ...], Sequence[Tensor]] = {}
         for row, p in sight.p.items():
             branch, values = sight.step.branches[row[0]], sight.values[row]
@@ -169,7 +170,7 @@ class FlowTap:
                     across = [(here * (1 - m), (1 - here) * m) for m in (place, made)]
                     done[known] = [torch.stack([a.sum(-1), b.sum(-1)], -1) / all_of for a, b in across]
             for kind, sums in zip(("spill",) if sight.site.cross else ("flow", "mixed"), done[known], strict=True):
-                _tally(self, kind, row, sight, self.steps, sums)
+                _tally(self, kind, row, sight, self.steps, sums + nowhere)
 
 
 @dataclass

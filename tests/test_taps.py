@@ -143,6 +143,15 @@ def test_attention_that_all_leaves_and_all_enters_crosses_wholly():
     torch.testing.assert_close(sums["flow/a/text/0"], torch.ones(1, 1, 1, 2))
 
 
+def test_a_layer_too_coarse_for_the_region_says_nothing_of_it():
+    mask, edited = region([0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]), {"target": torch.tensor([[0.0, 1.0]])}
+    tap = FlowTap(mask, 1, edited)
+    shown(tap, {"a": random_weights(1, 2, 4, 4)}, (2, 2))
+    shown(tap, {"a": random_weights(1, 2, 4, 2)}, (2, 2), cross=True)
+    assert set(tap.sums) == {"flow/a/text/0", "mixed/a/text/0", "spill/a/text/0"}
+    assert all(sums.isnan().all() for sums in tap.sums.values())
+
+
 def test_keys_of_two_branches_side_by_side_count_by_their_place_and_by_whose_they_are():
     mask, p = region([1, 0]), torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])[None, None]
     sums = shown(FlowTap(mask, 1, {}), {"a": p}, (1, 2), values=("S", "a"))
