@@ -2,7 +2,8 @@
 how near two pictures are, independently of CLIP.
 
 As DINOv2 (Oquab et al. 2023) has it, the teacher shares its batch evenly among the prototypes, by Sinkhorn and Knopp's
-rule: centred only, it ends by telling the six backgrounds apart and nothing else.
+rule: centred only, it ends by telling the six backgrounds apart and nothing else. For the same reason half of the
+batches are of one background each, and colours are jittered as published, grey included: else its hue is enough.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from experiments.picturebook.training import Part, Settings, fit, frozen, settin
 
 @dataclass
 class Dino(Settings):
-    """views: two global ones, then local ones of half the side; light: of their jitter; momentum: of the teacher."""
+    """views: two global ones, then local ones of half the side; momentum: of the teacher.
 
-    steps: int = 600
+    light, tint: how much brightness and contrast, and each channel, are jittered; grey: the part of views without
+    colour; alike: of batches whose pictures share their background.
+    """
+
+    steps: int = 1200
     batch: int = 64
     lr: float = 5e-4
     decay: float = 0.99
@@ -35,7 +40,10 @@ class Dino(Settings):
     views: int = 6
     prototypes: int = 256
     momentum: float = 0.99
-    light: float = 0.15
+    light: float = 0.4
+    tint: float = 0.15
+    grey: float = 0.2
+    alike: float = 0.5
 
 
 def build(s: Dino) -> ViTModel:
@@ -62,7 +70,7 @@ class Network(nn.Module):
             return F.linear(F.normalize(y), F.normalize(self.prototypes))
 
 
-def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float], light: float) -> Tensor:
+def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float], s: Dino) -> Tensor:
     """A crop of each picture (B, 3, H, W) in [0, 1], of such a part of its area, mirrored or not, in [-1, 1]."""
     b = len(x)
     side = np.sqrt(g.uniform(*scale, b))
@@ -71,8 +79,14 @@ def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float
     grid[:, :, 2] = g.uniform(-1, 1, (b, 2)) * (1 - side)[:, None]
     at = F.affine_grid(torch.from_numpy(grid), [b, 3, size, size], align_corners=False)
     crop = F.grid_sample(x, at, padding_mode="border", align_corners=False)
-    tint = torch.from_numpy(g.uniform(1 - light, 1 + light, (b, 3, 1, 1)).astype(np.float32))
-    return 2 * (crop * tint).clamp(0, 1) - 1
+
+    def factor(by: float, channels: int = 1) -> Tensor:
+        return torch.from_numpy(g.uniform(1 - by, 1 + by, (b, channels, 1, 1)).astype(np.float32))
+
+    grey = crop.mean(1, keepdim=True)
+    crop = torch.where(torch.from_numpy(g.random((b, 1, 1, 1)) < s.grey), grey, crop * factor(s.tint, 3))
+    mean = crop.mean((1, 2, 3), keepdim=True)
+    return 2 * (factor(s.light) * (mean + factor(s.light) * (crop - mean))).clamp(0, 1) - 1
 
 
 def shared(cosines: Tensor, temperature: float = 0.05, rounds: int = 3) -> Tensor:
@@ -91,17 +105,20 @@ class Training(Part):
         super().__init__(s)
         self.student = Network(s)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.pictures = s.album().pictures
+        album = s.album()
+        self.pictures, lies = album.pictures, [album.scene(k).background for k in range(album.count)]
+        self.alike = [np.flatnonzero(np.array(lies) == background) for background in sorted(set(lies))]
 
     def batch(self, g: np.random.Generator) -> list[Tensor]:
         """The views, global ones first."""
         s: Any = self.s
-        x = pixels(self.pictures[np.sort(g.integers(len(self.pictures), size=s.batch))])
-        large = [view(x, g, SIZE, (0.6, 1.0), s.light) for _ in range(2)]
-        return large + [view(x, g, SIZE // 2, (0.25, 0.6), s.light) for _ in range(s.views - 2)]
+        of = self.alike[g.integers(len(self.alike))] if g.random() < s.alike else np.arange(len(self.pictures))
+        x = pixels(self.pictures[np.sort(g.choice(of, s.batch))])
+        large = [view(x, g, SIZE, (0.5, 1.0), s) for _ in range(2)]
+        return large + [view(x, g, SIZE // 2, (0.2, 0.5), s) for _ in range(s.views - 2)]
 
     def training_step(self, views: list[Tensor], k: int) -> Any:
-        """The cross-entropy of all pairs of a teacher's and another view; `used`: how many prototypes the student uses."""
+        """The cross-entropy of all pairs of a teacher's and another view; `used`: prototypes that the student uses."""
         s: Any = self.s
         large, small = torch.cat(views[:2]), torch.cat(views[2:])
         with torch.no_grad():
