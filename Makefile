@@ -13,7 +13,7 @@ edit:           ## edit the built-in example
 	.venv/bin/masafusion edit
 
 test:           ## the fast tests, under six minutes on two cores
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2
 
 slow:           ## the slow tests: trained weights, kill loops, the SD-1.4-shaped model
 	.venv/bin/pytest -m slow -o timeout=1800

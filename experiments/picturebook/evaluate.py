@@ -217,6 +217,27 @@ def clip_retrieval(bench: Bench, draws: int = 10, among: int = 100) -> float:
 
 
 @torch.no_grad()
+def dino(bench: Bench) -> dict[str, float]:
+    """Of pictures of one thing the part whose nearest other one, to the DINO network, has its kind, its colour, ..."""
+    from transformers import ViTModel
+
+    folder = bench.folder / "dino"
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder}: missing; this model has no DINO of its own, train it with all of its parts")
+    network = ViTModel.from_pretrained(folder, add_pooling_layer=False).float().eval()
+    items = list(told(bench.number(400), things=1))
+    seen = torch.cat(
+        [network(2 * bench.drawn(some, network.config.image_size) - 1).last_hidden_state[:, 0] for some in parts(items)]
+    )
+    near = torch.nn.functional.normalize(seen)
+    nearest = (near @ near.T).fill_diagonal_(-1).argmax(1).tolist()
+    facts = [{"kind": item.scene.things[0].kind, "colour": item.scene.things[0].colour,
+              "background": item.scene.background} for item in items]  # fmt: skip
+    return {name: mean([its[name] == facts[k][name] for its, k in zip(facts, nearest, strict=True)])
+            for name in facts[0]}  # fmt: skip
+
+
+@torch.no_grad()
 def inversion_psnr(bench: Bench) -> float:
     """DDIM inversion and back, both at w = 1, against the drawn picture: the autoencoder's loss is part of it."""
     model, schedule, out = bench.model, bench.model.schedule(bench.steps), []
@@ -250,6 +271,7 @@ MEASURES: dict[str, tuple[float, Callable[[Bench], float | dict[str, float]]]] =
     "sketch_f1": (0.80, lambda bench: outlines(bench, bench.painted(bench.sketches, sketched=True))),
     "sketch_ceiling": (0.95, lambda bench: outlines(bench, ((s, bench.drawn(s)) for s in parts(bench.sketches)))),
     "clip_retrieval": (0.80, clip_retrieval),
+    "dino": (0.5, dino),
     "inversion_psnr": (28.0, inversion_psnr),
     "judge": (0.99, judge),
 }
