@@ -16,7 +16,6 @@ PARTS = (
     ("inpaint",),
     ("judge",),
     ("sketcher",),
-    ("dino", "steps=600", "alike=0", "light=0", "grey=0"),
     ("dino",),
     ("export",),
 )

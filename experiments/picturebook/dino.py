@@ -1,10 +1,9 @@
-"""DINO (Caron et al. 2021): a ViT that learns without labels that crops of one picture are alike; its CLS token scores
-how near two pictures are, independently of CLIP.
+"""The ViT that stands where DINO (Caron et al. 2021) stands: it learns without labels that crops of one picture are
+alike; its CLS token scores how near two pictures are, independently of CLIP.
 
-As DINOv2 (Oquab et al. 2023) has it, the teacher shares its batch evenly among the prototypes, by Sinkhorn and Knopp's
-rule: centred only, it ends by telling the six backgrounds apart and nothing else. For the same reason half of the
-batches are of one background each, and colours are jittered as published, grey included: else its hue is enough. From
-the start that is too hard (every answer stays even), so the first 600 steps go without: `alike=0 light=0 grey=0`.
+Student, teacher and crops are DINO's, the loss is MoCo v3's (Chen et al. 2021): to tell the pictures of a batch apart.
+By prototypes, centred or shared evenly, it told backgrounds and hues and no kind of thing. So a batch holds pictures
+before and after edits of them, which differ by the edit alone.
 """
 
 from __future__ import annotations
@@ -21,30 +20,31 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from experiments.picturebook.data import SIZE, pixels
+from experiments.picturebook.instruct import albums
 from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
 
 
 @dataclass
 class Dino(Settings):
-    """views: two global ones, then local ones of half the side; momentum: of the teacher.
+    """batch: edits, of two pictures each; views: two global ones, then local ones of half the side.
 
-    light, tint: how much brightness and contrast, and each channel, are jittered; grey: the part of views without
-    colour; alike: of batches whose pictures share their background.
+    momentum: of the teacher; temperature: of the loss; light, tint: how much brightness and contrast, and each channel,
+    are jittered; grey: the part of views without colour.
     """
 
-    steps: int = 1500
-    batch: int = 64
-    lr: float = 5e-4
+    steps: int = 800
+    batch: int = 32
+    lr: float = 8e-4
     decay: float = 0.99
+    pictures: int = 25_000
     width: int = 192
     layers: int = 4
-    views: int = 6
-    prototypes: int = 256
+    views: int = 5
     momentum: float = 0.99
-    light: float = 0.4
-    tint: float = 0.15
-    grey: float = 0.2
-    alike: float = 0.5
+    temperature: float = 0.1
+    light: float = 0.3
+    tint: float = 0.1
+    grey: float = 0.1
 
 
 def build(s: Dino) -> ViTModel:
@@ -55,20 +55,17 @@ def build(s: Dino) -> ViTModel:
 
 
 class Network(nn.Module):
-    """The ViT and a head of prototypes."""
+    """The ViT and a head."""
 
     def __init__(self, s: Dino) -> None:
         super().__init__()
         self.vit = build(s)
         self.head = nn.Sequential(nn.Linear(s.width, 2 * s.width), nn.GELU(), nn.Linear(2 * s.width, 128))
-        self.prototypes = nn.Parameter(torch.randn(s.prototypes, 128))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cosines (B, prototypes), float32, of the CLS tokens of pictures in [-1, 1]."""
+        """Unit vectors (B, 128), float32, of pictures in [-1, 1]."""
         cls = self.vit(x, interpolate_pos_encoding=True).last_hidden_state[:, 0]
-        y = self.head(cls).float()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for the teacher's temperature
-            return F.linear(F.normalize(y), F.normalize(self.prototypes))
+        return F.normalize(self.head(cls).float())
 
 
 def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float], s: Dino) -> Tensor:
@@ -90,46 +87,36 @@ def view(x: Tensor, g: np.random.Generator, size: int, scale: tuple[float, float
     return 2 * (factor(s.light) * (mean + factor(s.light) * (crop - mean))).clamp(0, 1) - 1
 
 
-def shared(cosines: Tensor, temperature: float = 0.05, rounds: int = 3) -> Tensor:
-    """What the teacher says: shares (B, prototypes) that sum to 1 a view, and to about as much a prototype."""
-    q = (cosines / temperature).exp()
-    for _ in range(rounds):
-        q = q / q.sum(0)
-        q = q / q.sum(1, keepdim=True)
-    return q
-
-
 class Training(Part):
-    """Every view of the student says what the teacher, its running average, says of a global view of the picture."""
+    """By its view the student finds the picture of which the teacher, its running average, saw another one."""
 
     def __init__(self, s: Dino) -> None:
         super().__init__(s)
         self.student = Network(s)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        album = s.album()
-        self.pictures, lies = album.pictures, [album.scene(k).background for k in range(album.count)]
-        self.alike = [np.flatnonzero(np.array(lies) == background) for background in sorted(set(lies))]
+        self.edits = [album.pictures for album in albums(s)]
 
     def batch(self, g: np.random.Generator) -> list[Tensor]:
         """The views, global ones first."""
         s: Any = self.s
-        of = self.alike[g.integers(len(self.alike))] if g.random() < s.alike else np.arange(len(self.pictures))
-        x = pixels(self.pictures[np.sort(g.choice(of, s.batch))])
-        large = [view(x, g, SIZE, (0.5, 1.0), s) for _ in range(2)]
-        return large + [view(x, g, SIZE // 2, (0.2, 0.5), s) for _ in range(s.views - 2)]
+        which = np.sort(g.choice(s.pictures, s.batch, replace=False))
+        x = torch.cat([pixels(album[which]) for album in self.edits])
+        large = [view(x, g, SIZE, (0.6, 1.0), s) for _ in range(2)]
+        return large + [view(x, g, SIZE // 2, (0.3, 0.6), s) for _ in range(s.views - 2)]
 
     def training_step(self, views: list[Tensor], k: int) -> Any:
-        """The cross-entropy of all pairs of a teacher's and another view; `used`: prototypes that the student uses."""
+        """The cross-entropy of all pairs of a teacher's and another view; `found`: how often the picture is right."""
         s: Any = self.s
         large, small = torch.cat(views[:2]), torch.cat(views[2:])
         with torch.no_grad():
-            said = shared(self.teacher(large)).chunk(2)
-        out = torch.cat([self.student(large), self.student(small)])
-        guessed = (out / 0.1).log_softmax(-1).chunk(len(views))
-        pairs = [(p, q) for i, p in enumerate(said) for j, q in enumerate(guessed) if i != j]
-        loss = -torch.stack([(p * q).sum(-1).mean() for p, q in pairs]).mean()
-        used = torch.special.entr(torch.cat(guessed).exp().mean(0)).sum().exp()
-        self.log_dict({"loss": loss.detach(), "used": used}, on_step=False, on_epoch=True, batch_size=s.batch)
+            keys = self.teacher(large).chunk(2)
+        queries = torch.cat([self.student(large), self.student(small)]).chunk(len(views))
+        own = torch.arange(len(keys[0]), device=large.device)
+        with torch.autocast(large.device.type, enabled=False):
+            scores = [q @ key.T / s.temperature for i, key in enumerate(keys) for j, q in enumerate(queries) if i != j]
+        loss = torch.stack([F.cross_entropy(score, own) for score in scores]).mean()
+        found = (scores[0].argmax(1) == own).float().mean()
+        self.log_dict({"loss": loss.detach(), "found": found}, on_step=False, on_epoch=True, batch_size=s.batch)
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experiments.picturebook import grown, unet
 from experiments.picturebook.data import Album
-from experiments.picturebook.training import fit, last, settings
+from experiments.picturebook.training import Settings, fit, last, settings
 from masafusion_lab.picturebook.edits import edit
 from masafusion_lab.picturebook.scene import Scene
 
@@ -35,6 +35,7 @@ def suffix(grade: int = GRADES) -> str:
 class Instruct(grown.Grown):
     """grades: train HIVE's, on graded results, from InstructPix2Pix's; unpaired: how often both are left out."""
 
+    pictures: int = 25_000
     grades: bool = False
     unpaired: float = 0.05
 
@@ -61,12 +62,12 @@ class Edits(Album):
         return made.target if self.after else made.source
 
 
-def albums(s: Instruct, kind: str = "picture", size: int | None = None) -> list[Album]:
+def albums(s: Settings) -> list[Album]:
     """The albums before and after the edits."""
     folders = {when: Path(s.root) / "data" / f"edits-{when}" for when in ("before", "after")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    made = (Edits(f, "train", s.pictures, size or s.size, kind, when == "after") for when, f in folders.items())
+    made = (Edits(f, "train", s.pictures, after=when == "after") for when, f in folders.items())
     return list(made)
 
 
