@@ -130,8 +130,8 @@ class FlowTap:
       "mixed/BRANCH/HALF/DEPTH"  by what is read: inside, of all but what is made anew; outside, of what is made anew.
     Made anew are the values inside A of branches on any latent but `kept`, that of the source: those that a rule takes
     from the source are kept wherever they lie. "spill/BRANCH/HALF/DEPTH" -> (B, T, heads, 2), of cross-attention: the
-    mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. Where nothing was seen, there is
-    no query, or A has no pixel on a layer's grid, NaN. `mask`: A at latent resolution, (B, 1, h, w).
+    mass of the words `edited` (prompt -> (B, n), 1 at their tokens) inside A and outside. NaN where nothing was seen,
+    there is no query, or A has no pixel on a layer's grid. `mask`: A at latent resolution, (B, 1, h, w).
     """
 
     mask: Tensor
