@@ -461,10 +461,11 @@ def test_the_rows_of_a_benchmark_that_ships_have_only_settings_that_their_method
                 assert getattr(inversion, "guidance", 1) == 1
 
 
-def test_table_1_of_the_picture_book_runs_on_a_case(tiny_root, tmp_path):
+def test_table_1_of_the_picture_book_runs_on_a_case(tiny_networks, tmp_path):
     path = CONFIGS / "table1_picturebook.yaml"
     there = [name for name, method in rows_of(path)[1].items() if method in METHODS]
-    words = [f"model.path={tiny_root}", "model.device=cpu", "size=32", "steps=3", "bench.count=1", "bench.sessions=0"]
+    words = [f"model.path={tiny_networks}", "model.device=cpu", "size=32", "steps=3"]
+    words += ["bench.count=1", "bench.sessions=0"]
     places = [f"out={tmp_path / 'out'}", f"store={tmp_path / 'store'}", f"bench.only={','.join(there)}"]
     _, made = bench.read([path], [*words, *places])
     bench.edit(made)

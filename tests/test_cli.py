@@ -220,7 +220,8 @@ def test_pictures_are_inverted_once_and_their_records_listed_verified_and_pruned
     assert "MB freed; 0.0 MB" in run("cache", "prune", "--gb", "0", "--store", "store")[1]
 
 
-def test_a_name_that_is_no_text_is_a_name_all_the_same(run, given, tmp_path):
+def test_a_name_that_is_no_text_is_a_name_all_the_same(run, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("masafusion_lab"), "propagate", False)  # pytest-xdist's reports are UTF-8
     name = os.fsdecode(b"caf\xe9.png")
     (tmp_path / "pic.png").rename(tmp_path / name)
     code, out, _ = run("edit", *given[1:], f"image={name}", "out=a")
