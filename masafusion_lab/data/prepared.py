@@ -65,7 +65,7 @@ def prepare(
         mask = cells(full, factor, how)
         if dilate:
             mask = F.max_pool2d(mask, 2 * dilate + 1, 1, dilate)
-        _check_region(named(case.mask), full, mask, factor)
+        _check_region(named(case.mask), full, mask, factor, sure=case.truth is not None)
         if how.feather:
             mask = F.avg_pool2d(mask, 2 * how.feather + 1, 1, how.feather, count_include_pad=False)
     return Prepared(
@@ -171,8 +171,8 @@ def _check_aspect(what: str, drawn: Image.Image, image: Image.Image, working: tu
         )
 
 
-def _check_region(name: str, full: Tensor, mask: Tensor, factor: int) -> None:
-    """Raise for an empty or full region; warn of one that may not be what was meant."""
+def _check_region(name: str, full: Tensor, mask: Tensor, factor: int, sure: bool) -> None:
+    """Raise for an empty or full region; warn of one that may not be what was meant, if not `sure` that it is."""
     if not full.any():
         raise InputError(f"{name}: the mask is empty; paint what is to be edited white (above region.threshold)")
     if not mask.any():
@@ -187,5 +187,5 @@ def _check_region(name: str, full: Tensor, mask: Tensor, factor: int) -> None:
             factor,
         )
     edges = torch.cat([full[0, 0], full[0, -1], full[0, :, 0], full[0, :, -1]])
-    if edges.min() == 1:
+    if edges.min() == 1 and not sure:
         log.warning("%s: white, which is edited, runs all round the picture; is the mask inverted?", name)
