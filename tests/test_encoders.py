@@ -8,7 +8,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, ViTConfig
 
 from masafusion_lab import InputError
 from masafusion_lab.encoders import VIEWS, Networks
-from masafusion_lab.hub import PICTUREBOOK
 from tests.tiny import tiny_tokenizer
 
 VIEW = {"clip": "clip", "dino": "dino", "keys": "structure"}
@@ -134,10 +133,9 @@ def test_the_facts_of_a_network_are_its_weights(places, networks):
     assert all(len(digest) == 64 for digest in networks.facts().values())
 
 
-@pytest.mark.skipif((PICTUREBOOK / "dino").is_dir(), reason="this model has a DINO")
-def test_a_model_without_a_dino_says_so():
-    with pytest.raises(InputError, match="has no dino"):
-        Networks({"dino": "picturebook/dino"}, {"dino": "picturebook"}).dino(noise(1))
+def test_a_network_that_the_built_in_model_has_not_is_said_to_lack():
+    with pytest.raises(InputError, match="built-in model has no dinov3"):
+        Networks({"dino": "picturebook/dinov3"}, {"dino": "picturebook"}).dino(noise(1))
 
 
 def test_a_picture_book_without_its_lpips_backbone_names_the_reason():

@@ -9,7 +9,6 @@ import torch
 from experiments import methods
 from masafusion_lab import bench, config, phases
 from masafusion_lab.data import picturebook
-from masafusion_lab.hub import PICTUREBOOK
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Npi
 from masafusion_lab.methods import METHODS
 from masafusion_lab.null_text import NullText
@@ -36,9 +35,6 @@ PAIRS = [(n, its) for n in METHODS for its in (phases.INVERSIONS if METHODS[n]()
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "inversion"), PAIRS)
 def test_every_method_runs_on_the_picture_book_model_with_every_inversion(place, name, inversion):
-    unet = "_".join(filter(None, ("unet", METHODS[name]().needs.network)))
-    if not (PICTUREBOOK / unet).is_dir():
-        pytest.skip(f"the picture-book model has no {unet} yet")
     words = [f"method.name={name}", "model.device=cpu", "steps=3", "batch=2", f"store={place / 'store'}"]
     words += [f"inversion.name={inversion}"] if inversion != "none" else []
     words += ["inversion.inner_steps=1"] if inversion == "null_text" else []
