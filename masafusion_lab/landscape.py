@@ -109,7 +109,7 @@ def recommend(records: Sequence[Record], names: Sequence[str]) -> Recommendation
     usable = np.where(whole, score, -np.inf)
     by_case = {case: points[int(np.nanargmax(row))] for case, row in zip(cases, score, strict=True)}
     draws = np.random.default_rng(0).integers(len(cases), size=(1000, len(cases)))
-    winners = [points[n] for n in usable[draws].mean(1).argmax(1)]
+    winners = [points[int(usable[draw].mean(0).argmax())] for draw in draws]  # one by one, as all take gigabytes
     share = {point: winners.count(point) / len(winners) for point in sorted(set(winners), key=winners.count)[::-1]}
     return Recommendation(points[int(usable.mean(0).argmax())], by_case, share)
 
