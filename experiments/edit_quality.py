@@ -21,7 +21,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import config, lab, phases
+from experiments.commandline import at_least, in_one_line, some_of
+from masafusion_lab import config, interrupt, lab, phases
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.data.prepared import tensor
 from masafusion_lab.metrics import mse_kept, psnr
@@ -93,14 +94,16 @@ def show(facts: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=50, help="test edits, the kinds in turn")
-    parser.add_argument("--inversion", default="direct,null_text", help="of MaSaFusion, separated by commas")
+    parser.add_argument("--count", type=at_least(1), default=50, help="test edits, the kinds in turn")
+    parser.add_argument("--inversion", type=some_of(phases.INVERSIONS), default=["direct", "null_text"],
+                        help="of MaSaFusion, separated by commas")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/edit_quality"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=5")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    facts = run(given.count, given.inversion.split(","), given.out, given.words)
+    with in_one_line(parser), interrupt.handled():
+        facts = run(given.count, given.inversion, given.out, given.words)
     show(facts)
     if given.json:
         write_json(given.json, facts)

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image, ImageChops, ImageFilter
 from rich.console import Console
 
-from masafusion_lab import InputError, bench, config, interrupt, protocol, tables
+from experiments.commandline import in_one_line
+from masafusion_lab import bench, config, interrupt, protocol, tables
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
@@ -61,11 +62,8 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
     parser.add_argument("words", nargs="*", help="key=value settings, such as steps=20 or model.path=FOLDER")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    try:
+    with in_one_line(parser), interrupt.handled():
         made = read(figure, given.out, given.count, given.words)
-    except InputError as error:
-        parser.error(str(error))
-    with interrupt.handled():
         bench.edit(made, track=bar)
         scorer = Scorer.of(made.protocol, next(iter(made.rows.values())).bench.encoders)
         records = bench.score(made, scorer, track=bar)
