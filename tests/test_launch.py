@@ -33,6 +33,8 @@ def test_what_many_devices_take_is_reckoned_by_who_is_free():
     rows = {"plain": 1.0, "masafusion": 2.0}
     assert makespan(rows, 3, 1, loading=5) == 5 + 9
     assert makespan(rows, 3, 2, loading=5) == 5 + 5
+    assert makespan({"plain": 1.0, "masafusion": 4.0}, 1, 2, loading=5) == 5 + 4
+    assert makespan({"a": 1.0, "b": 1.0, "c": 4.0}, 1, 2, loading=5) == 5 + 5  # in the rows' order
     assert makespan(rows, 3, 64, loading=5) == 5 + 2
 
 
