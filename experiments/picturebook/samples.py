@@ -9,7 +9,7 @@ from textwrap import fill
 
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.picturebook.evaluate import Bench, told
+from experiments.picturebook.painted import Bench, told
 from masafusion_lab.report import picture
 from masafusion_lab.runs import write_picture
 
