@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
+from experiments import edit_quality
 from experiments.picturebook import evaluate, painted
 from experiments.picturebook.data import pixels
 from experiments.picturebook.judge import around, worn
 from masafusion_lab import InputError
+from masafusion_lab.data.picturebook import cases
 from masafusion_lab.hub import PICTUREBOOK, SUMS, damaged
 from masafusion_lab.picturebook import ALL_POSES, KINDS, POSES, Scene, Thing, scene
 from masafusion_lab.picturebook.draw import draw
@@ -240,6 +242,13 @@ def test_a_network_that_is_damaged_costs_its_own_measure_alone(untrained, tmp_pa
     taken = evaluate.evaluate(evaluate.Bench(tmp_path, count=2), ["dino", "sketch_ceiling"])
     assert "SafetensorError: " in taken["dino"]["error"]
     assert "value" in taken["sketch_ceiling"]
+
+
+def test_edits_of_another_size_are_measured_at_that_of_their_sources(judge):
+    true = [case.truth for case in cases("test", 2)]
+    assert edit_quality.measure(true, judge)["kept_db"] == [100, 100]
+    small = edit_quality.measure([picture.resize((64, 64)) for picture in true], judge)
+    assert all(20 < kept < 100 for kept in small["kept_db"])
 
 
 # The shipped model ----------------------------------------------------------------------------------------------------
