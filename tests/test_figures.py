@@ -44,7 +44,7 @@ def test_a_figures_variants_have_only_settings_that_their_methods_have(script):
             config.load(words=of_row)
 
 
-def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(words, tmp_path, capsys):
+def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(words, tmp_path, monkeypatch, capsys):
     from experiments.fig04_initial_noise import FIGURE
 
     made = figures.main("", FIGURE, ["--count", "2", "--out", str(tmp_path / "fig"), *words])
@@ -55,6 +55,9 @@ def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(word
     assert "x in A, else x_T^S" in (tmp_path / "fig" / "table.md").read_text()
     shown = [figures.result(made, row, made.cases[0], "intermediate") for row in made.rows]
     assert len({picture.tobytes() for picture in shown}) == 3
+    monkeypatch.setattr(figures, "SHOWN", 1)  # of hundreds no picture can be drawn
+    first = Image.open(figures.draw(made, FIGURE))
+    assert first.width / first.height == pytest.approx(6 * 1.2 / (1.45 + 0.35), rel=0.02)
 
 
 def test_in_a_figure_what_failed_is_said_in_its_place(words, tmp_path):

@@ -69,6 +69,15 @@ def test_a_setting_that_cannot_be_is_named_in_one_line(word, said, monkeypatch):
     assert "\n" not in str(end.value)
 
 
+def test_a_rate_rises_over_the_warm_up_if_there_is_one_and_falls_to_two_hundredths():
+    def rates(*words):
+        part = training.Part(settings(training.Settings, ["steps=100", *words]))
+        return [part.rate(step) for step in (0, 50, 100)]
+
+    assert rates("warmup=10") == pytest.approx([0.1, 1, 0.02])
+    assert rates("warmup=0", "cooldown=0") == [1, 1, pytest.approx(0.02)]
+
+
 def test_the_settings_of_a_part_are_listed_with_what_they_mean(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["autoencoder", "--help"])
     with pytest.raises(SystemExit) as end:

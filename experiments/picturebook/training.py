@@ -101,7 +101,7 @@ class Part(L.LightningModule):
         """The factor of the learning rate at a step."""
         left = (self.s.steps - step) / max(1.0, self.s.cooldown * self.s.steps)
         fall = 1.0 if left >= 1 else 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
-        return min(1.0, (step + 1) / self.s.warmup) * fall
+        return min(1.0, (step + 1) / max(1, self.s.warmup)) * fall
 
     def configure_optimizers(self) -> Any:
         """AdamW on all that is trained; no decay of norms and biases."""
