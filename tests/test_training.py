@@ -142,6 +142,16 @@ def test_grades_are_words_that_the_model_knows(tmp_path):
     assert not unknown(tokenizer.save(tmp_path), f"make the horse red{instruct.suffix()}")
 
 
+def test_latents_are_scaled_by_a_few_pictures_without_drawing_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(autoencoder, "MEASURED", 2)
+    vae = autoencoder.trained(settings(training.Settings, [f"root={tmp_path}", "pictures=25000"]))
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["train-2-picture-128.npy"]
+    with torch.no_grad():
+        x = vae.encode(2 * data.pixels(data.Album(tmp_path / "data", count=2).pictures) - 1).latent_dist.mean
+    assert float(x.std()) * vae.config.scaling_factor == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.slow
 def test_grown_networks_learn_and_ship_as_what_they_change(tmp_path, monkeypatch):
     monkeypatch.setattr(
