@@ -147,7 +147,8 @@ def test_what_a_command_cannot_use_is_said_before_anything_is_measured(command, 
     [
         (("--methods", "masafusion,unmasked"), "there are masafusion, no_region, region_only, plain"),
         (("--only", "overhed"), "there are overhead, word_iou, interference"),
-        (("--count", "1"), "an interval takes 2 or more"),
+        (("--count", "1"), "1: at least 2"),
+        (("--only", "word_iou", "stepps=3"), "did you mean steps"),
     ],
 )
 def test_numbers_and_methods_that_there_are_not_are_refused(capsys, wrong, said):
