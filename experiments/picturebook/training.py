@@ -65,9 +65,8 @@ def settings(kind: type[S], words: list[str] | None = None) -> S:
     """
     usual, given = OmegaConf.structured(kind), sys.argv[1:] if words is None else words
     if "--help" in given or "-h" in given:
-        print(
-            sys.modules[kind.__module__].__doc__, kind.__doc__, Settings.__doc__, OmegaConf.to_yaml(usual), sep="\n\n"
-        )
+        means = (its.__doc__ for its in (sys.modules[kind.__module__], *kind.__mro__[:-1]))  # but object's
+        print(*means, OmegaConf.to_yaml(usual), sep="\n\n")
         sys.exit()
     try:
         return OmegaConf.to_object(OmegaConf.merge(usual, OmegaConf.from_dotlist(given)))  # type: ignore[return-value]
