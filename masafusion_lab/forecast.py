@@ -159,7 +159,8 @@ def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, flo
         return rows, _timed(runner, work, rows)[0] / rows
     taken, held = _timed(runner, work, 2)
     tried = [LEAST * 2**k for k in range(5)]
-    fit = int(min(max(1, free(runner.lab.model.device) / max(held, 1e-6)), tried[-1]))  # two held so much, half is free
+    fit = free(runner.lab.model.device) / max(held, 1e-6)  # two rows held so much, and half of it is for them
+    fit = int(min(max(1, fit), tried[-1]))
     best = min(LEAST, 2 ** (fit.bit_length() - 1)), taken / 2
     for n in tried:
         if n > fit:
