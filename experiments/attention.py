@@ -42,6 +42,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.commandline import at_least, in_one_line, some_of
 from experiments.overhead import BARS, SHAPES, overhead, shaped
 from masafusion_lab import config, phases
 from masafusion_lab.callbacks import Attend
@@ -238,33 +239,25 @@ def written(its: Mapping[str, Any]) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(NAMES), help="numbers, separated by commas")
-    parser.add_argument("--count", type=int, default=200, help="pictures and edits")
-    parser.add_argument("--repeats", type=int, default=3, help="edits with and without taps")
+    parser.add_argument("--only", type=some_of(NAMES), default=list(NAMES), help="numbers, separated by commas")
+    parser.add_argument("--count", type=at_least(2), default=200, help="pictures and edits, for an interval 2 or more")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="edits with and without taps")
     parser.add_argument("--shape", choices=SHAPES, default="picturebook", help="of the model of overhead")
-    parser.add_argument(
-        "--methods", default="masafusion,no_region,plain", help=f"of {', '.join(METHODS)}; the others less the first"
-    )
+    parser.add_argument("--methods", type=some_of(METHODS), default=["masafusion", "no_region", "plain"],
+                        help=f"of {', '.join(METHODS)}; the others less the first")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/attention"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=8 steps=20")
     given = parser.parse_args(argv)
-    methods = given.methods.split(",")
-    only = given.only.split(",")
-    for option, names, there in (("methods", methods, METHODS), ("only", only, NAMES)):
-        if unknown := [name for name in names if name not in there]:
-            parser.error(f"--{option} {','.join(unknown)}: there are {', '.join(there)}")
-    if given.count < 2:
-        parser.error(f"--count {given.count}: an interval takes 2 or more")
     logging.basicConfig(level=logging.WARNING if console.is_terminal else logging.INFO, format="%(message)s")
     found: dict[str, Any] = {"count": given.count, "words": given.words}
-    with shaped(given.shape) as shape:
+    with in_one_line(parser), shaped(given.shape) as shape:
         for name, work in {
             "overhead": lambda: {"shape": given.shape, **overhead([*shape, *given.words], given.repeats)},
             "word_iou": lambda: word_iou(given.count, given.out, given.words),
-            "interference": lambda: interference(given.count, given.out, given.words, methods),
+            "interference": lambda: interference(given.count, given.out, given.words, given.methods),
         }.items():
-            if name in only:
+            if name in given.only:
                 found |= work()
                 if given.json:
                     write_json(given.json, found)

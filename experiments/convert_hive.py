@@ -84,8 +84,9 @@ def convert(checkpoint: Path, folder: Path, base: str) -> Path:
         unet.half().save_pretrained(part)
         part.replace(folder)
     except Exception as error:  # a full disk is told by a class of each library's own
-        shutil.rmtree(part, ignore_errors=True)
         raise InputError(f"{folder}: cannot be written: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -16,40 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import config, lab, phases
+from experiments.commandline import at_least, in_one_line, some_of
+from masafusion_lab import config, interrupt, lab, phases
+from masafusion_lab.data.case import Picture
 from masafusion_lab.data.picturebook import cases
-from masafusion_lab.data.prepared import tensor
 from masafusion_lab.metrics import mse_kept, psnr
 from masafusion_lab.picturebook.changes import EDITS
-from masafusion_lab.picturebook.edits import edit
 from masafusion_lab.picturebook.judge import Judge, done
 from masafusion_lab.progress import bar
 from masafusion_lab.runs import write_json
+from masafusion_lab.scoring import pair
 
 BARS = {"keep_gain_db": 3.0, "edit_success": 0.6}
 
 
-def targets(method: str, inversion: str, count: int, out: Path, words: Sequence[str]) -> list[np.ndarray]:
-    """The edited test pictures, uint8 (128, 128, 3), of one method with one inversion."""
+def targets(method: str, inversion: str, count: int, out: Path, words: Sequence[str]) -> list[Path]:
+    """The edited test pictures of one method with one inversion."""
     experiment = config.load(words=[f"method.name={method}", f"inversion.name={inversion}", *words])
     folders = phases.edit(lab.build(experiment, track=bar), list(cases("test", count)), out / f"{method}-{inversion}")
-    return [np.asarray(Image.open(folder / "target.png").convert("RGB")) for folder in folders]
+    return [folder / "target.png" for folder in folders]
 
 
-def measure(edited: Sequence[np.ndarray], judge: Judge) -> dict[str, list[float]]:
+def measure(edited: Sequence[Picture], judge: Judge) -> dict[str, list[float]]:
     """By case: PSNR outside the region against the source, and whether the judge finds the edit done."""
     found: dict[str, list[float]] = defaultdict(list)
-    for index, picture in enumerate(edited):
-        example = edit("test", index, EDITS[index % len(EDITS)])
-        pixels, source = (tensor(Image.fromarray(levels)) for levels in (picture, example.source_picture))
-        mask = torch.from_numpy(example.loose)[None].float()
-        found["kept_db"].append(float(psnr(mse_kept(pixels, source, mask, area=True))))
-        found["done"].append(float(done(judge(pixels[None]), example)[0]))
+    for case, picture in zip(cases("test", len(edited)), edited, strict=True):
+        its = pair(case, picture)
+        assert its.mask is not None
+        found["kept_db"].append(float(psnr(mse_kept(its.at_source, its.source, its.mask, area=True))))
+        found["done"].append(float(done(judge(its.edited[None]), its.drawn)[0]))
     return found
 
 
@@ -57,7 +55,7 @@ def run(count: int, inversions: Sequence[str], out: Path, words: Sequence[str]) 
     """The numbers of all inversions, with those by kind of edit."""
     judge, facts = Judge.load(), {"count": count}
     plain = measure(targets("plain", "ddim", count, out, words), judge)
-    truth = measure([edit("test", i, EDITS[i % len(EDITS)]).target_picture for i in range(count)], judge)
+    truth = measure([case.truth for case in cases("test", count) if case.truth is not None], judge)
     rows = {"plain, DDIM": plain, "truth": truth}
     for inversion in inversions:
         ours = rows[f"masafusion, {inversion}"] = measure(targets("masafusion", inversion, count, out, words), judge)
@@ -93,14 +91,16 @@ def show(facts: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=50, help="test edits, the kinds in turn")
-    parser.add_argument("--inversion", default="direct,null_text", help="of MaSaFusion, separated by commas")
+    parser.add_argument("--count", type=at_least(1), default=50, help="test edits, the kinds in turn")
+    parser.add_argument("--inversion", type=some_of(phases.INVERSIONS), default=["direct", "null_text"],
+                        help="of MaSaFusion, separated by commas")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/edit_quality"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as batch=5")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    facts = run(given.count, given.inversion.split(","), given.out, given.words)
+    with in_one_line(parser), interrupt.handled():
+        facts = run(given.count, given.inversion, given.out, given.words)
     show(facts)
     if given.json:
         write_json(given.json, facts)

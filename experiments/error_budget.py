@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import deque
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -23,15 +24,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from experiments.commandline import at_least, in_one_line
 from masafusion_lab import InputError, config, interrupt
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.picturebook import cases, sessions
-from masafusion_lab.editor import Editor, Item, noise_for
+from masafusion_lab.editor import Editor, Item
 from masafusion_lab.inversion import Direct
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.look import WIDTH, save, styled
 from masafusion_lab.metrics import budget, mse_kept, psnr
 from masafusion_lab.progress import bar
+from masafusion_lab.runner import heeded
 from masafusion_lab.runs import write_json
 
 MODES = ("pixels", "latents")
@@ -47,9 +50,8 @@ def turn(lab: Lab, case: Case, x0: Tensor) -> tuple[Tensor, Tensor]:
     text, empty = model.embed([case.source]), model.embed([""])
     record = inversion.invert(model, x0, text, empty, lab.schedule)
     item = Item(case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints)
-    given = Editor(model, lab.method, lab.schedule).given([item], record.null)
-    x = noise_for(lab.seed, case.id, x0.shape[1:])[None].to(model.device)
-    *_, last = lab.method(model, given, record, x, schedule=lab.schedule)
+    ready = Editor(model, lab.method, lab.schedule, seed=lab.seed).ready([item])
+    last = deque(heeded(lab.method(model, *ready, schedule=lab.schedule)), 1).pop()
     return record.states[-1], last.x["target"]
 
 
@@ -117,14 +119,14 @@ def draw(parts: dict[str, float], turns: dict[str, list[float]], path: Path) -> 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=8, help="test edits of the budget, the kinds in turn")
-    parser.add_argument("--sessions", type=int, default=4, help="test sessions of the drift, three turns each")
+    parser.add_argument("--count", type=at_least(1), default=8, help="test edits of the budget, the kinds in turn")
+    parser.add_argument("--sessions", type=at_least(1), default=4, help="test sessions of the drift, three turns each")
     parser.add_argument("--out", type=Path, default=Path("runs/error_budget"), help="where figure and numbers go")
     parser.add_argument("words", nargs="*", help="key=value settings, such as inversion.name=ddim steps=50")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
-    lab = build(config.load(words=["steps=20", *given.words]))
-    with interrupt.handled():
+    with in_one_line(parser), interrupt.handled():
+        lab = build(config.load(words=["steps=20", *given.words]))
         parts, turns = budgets(lab, given.count), drift(lab, given.sessions)
     table = Table("outside A", "squared error x1e4", "of the total")
     for name, value in parts.items():

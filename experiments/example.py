@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,11 @@ instruction: {instruction}
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write horse.png, mask.png, sketch.png and example.yaml."""
-    folder, example = Path(sys.argv[1] if len(sys.argv) > 1 else "examples"), edit("test", INDEX, "pose")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("examples"), help="where to (default: examples)")
+    folder, example = parser.parse_args(argv).folder, edit("test", INDEX, "pose")
     write_picture(folder / "horse.png", Image.fromarray(example.source_picture))
     write_picture(folder / "mask.png", Image.fromarray(example.loose.astype(np.uint8) * 255))
     write_picture(folder / "sketch.png", Image.fromarray(example.sketch))

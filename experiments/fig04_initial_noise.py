@@ -2,8 +2,9 @@
 
     python -m experiments.fig04_initial_noise [--count N] [--out FOLDER] [KEY=VALUE ...]
 
-The paper reads: only x gives an intermediate image that is right in A; the others attend to what was there before. The
-pictures are the intermediate images; the table is of the targets that are made with them.
+The paper reads: only x gives an intermediate image that is right in A; the others have the shape, and wrong textures,
+as pixels in A attend to what is around it. The pictures are the intermediate images; the table is of the targets that
+are made with them.
 """
 
 from experiments.figures import Figure, main

@@ -2,8 +2,8 @@
 
     python -m experiments.fig08_11_shape_invariant [--count N] [--out FOLDER] [KEY=VALUE ...]
 
-The paper reads: methods that share attention reconstruct the source or change too much; swapping the embeddings of the
-changed words alone (EmbCtrl) changes what was asked. None is told the region.
+The paper reads: the other methods keep the source roughly, and change what shall stay, such as a face; swapping the
+embeddings of the changed words alone (EmbCtrl) keeps the most. None is told the region.
 """
 
 from experiments.fig05_single_turn import METHODS

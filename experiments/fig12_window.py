@@ -3,8 +3,8 @@
     python -m experiments.fig12_window [--count N] [--out FOLDER] [KEY=VALUE ...]
 
 A window [a, b) counts the 50 steps from the noise on; in the others the target prompt alone denoises. Without A it is
-(13) everywhere, with A (14). The paper reads: too little is kept where the window is short, and with A the edit stays
-inside.
+(13) everywhere, with A (14). The paper reads: without A the picture is hardly the source's where the window is short,
+and degenerates to the source where it is long; with A all steps may be fused, and the edit stays inside.
 """
 
 from experiments.figures import Figure, main

@@ -2,8 +2,8 @@
 
     python -m experiments.fig14_intermediate [--count N] [--out FOLDER] [KEY=VALUE ...]
 
-The paper reads: the intermediate image has the shape but not the looks of the source, which fusion brings into the
-target; the adapter alone keeps nothing of the source.
+The paper reads: intermediate image and what the adapter alone generates both follow the prompt, and do not keep all of
+the source that they should; fusion brings it into the target.
 """
 
 from experiments.figures import Figure, main

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure as Canvas
 from PIL import Image, ImageChops, ImageFilter
 from rich.console import Console
 
-from masafusion_lab import InputError, bench, config, interrupt, protocol, tables
+from experiments.commandline import in_one_line
+from masafusion_lab import bench, config, interrupt, protocol, tables
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.pictures import open_hint, open_mask, open_picture
@@ -30,6 +31,8 @@ from masafusion_lab.scoring import Scorer
 
 SIDE = 1.15
 """Inches of a picture's side."""
+SHOWN = 40
+"""Cases that are drawn; the table is of all."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,17 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     unit = "sessions" if figure.turns == "multi" else "edits"
     parser.add_argument(
-        "--count", type=int, default=figure.count, help=f"{unit} of the picture-book world, or of a set"
+        "--count",
+        type=int,
+        default=figure.count,
+        help=f"{unit} of the picture-book world, or of a set; {SHOWN} are drawn",
     )
     parser.add_argument("--out", type=Path, default=Path("runs") / figure.name, help="where it is kept")
     parser.add_argument("words", nargs="*", help="key=value settings, such as steps=20 or model.path=FOLDER")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    try:
+    with in_one_line(parser), interrupt.handled():
         made = read(figure, given.out, given.count, given.words)
-    except InputError as error:
-        parser.error(str(error))
-    with interrupt.handled():
         bench.edit(made, track=bar)
         scorer = Scorer.of(made.protocol, next(iter(made.rows.values())).bench.encoders)
         records = bench.score(made, scorer, track=bar)
@@ -94,13 +97,13 @@ def read(figure: Figure, out: Path, count: int, words: Sequence[str]) -> bench.B
 
 @styled
 def draw(made: bench.Benchmark, figure: Figure) -> Path:
-    """Draw the pictures of a figure's benchmark, a case a row, at 200 dots an inch and as PDF."""
+    """Draw the pictures of a figure's first cases, SHOWN at most, a row each, at 200 dots an inch and as PDF."""
     panels = figure.panels or {row: (row, "target") for row in made.rows}
-    titles = [*(LEADS[name] for name in figure.lead), *panels]
-    canvas = Canvas(figsize=((SIDE + 0.05) * len(titles), (SIDE + 0.3) * len(made.cases) + 0.35))
-    grid = canvas.subplots(len(made.cases), len(titles), squeeze=False)
+    cases, titles = made.cases[:SHOWN], [*(LEADS[name] for name in figure.lead), *panels]
+    canvas = Canvas(figsize=((SIDE + 0.05) * len(titles), (SIDE + 0.3) * len(cases) + 0.35))
+    grid = canvas.subplots(len(cases), len(titles), squeeze=False)
     canvas.subplots_adjust(0.005, 0.3 / canvas.get_figheight(), 0.995, 1 - 0.3 / canvas.get_figheight(), 0.03, 0.25)
-    for n, case in enumerate(made.cases):
+    for n, case in enumerate(cases):
         pictures = [lead(case, name) for name in figure.lead]
         pictures += [result(made, row, case, picture) for row, picture in panels.values()]
         for panel, title, picture in zip(grid[n], titles, pictures, strict=True):

@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import config, lab, phases
+from experiments.commandline import at_least, in_one_line
+from masafusion_lab import config, interrupt, lab, phases
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.metrics import l2, psnr
 from masafusion_lab.progress import bar
@@ -60,12 +61,13 @@ def run(count: int, words: list[str]) -> dict[str, dict[str, float]]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10, help="test pictures")
+    parser.add_argument("--count", type=at_least(1), default=10, help="test pictures")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("words", nargs="*", help="key=value settings, such as batch=5")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    facts = run(given.count, given.words)
+    with in_one_line(parser), interrupt.handled():
+        facts = run(given.count, given.words)
     table = Table("inversion", "PSNR, dB", "seconds", "over direct")
     for name, row in facts.items():
         table.add_row(name, *(f"{row[key]:.2f}" if key in row else "" for key in ("psnr", "seconds", "ratio")))

@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from masafusion_lab import InputError, bench, lab
+from experiments.commandline import at_least, in_one_line, some_of
+from masafusion_lab import bench, interrupt, lab
 from masafusion_lab.forecast import duration
 from masafusion_lab.inversion import Direct, Npi
 from masafusion_lab.methods import METHODS
@@ -157,27 +158,23 @@ def show(rows: Sequence[Mapping[str, Any]], count: int) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=200, help="test edits, the kinds in turn")
-    parser.add_argument("--only", default="", help="methods, separated by commas (default: all)")
+    usual = [name for name in METHODS if name != "replay"]
+    parser.add_argument("--cases", type=at_least(1), default=200, help="test edits, the kinds in turn")
+    parser.add_argument("--only", type=some_of(METHODS), default=usual, help="methods, separated by commas")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="where the edits are kept")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("words", nargs="*", help="key=value settings of the edits, such as steps=20 batch=4")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    names = given.only.split(",") if given.only else [name for name in METHODS if name != "replay"]
-    if strange := [name for name in names if name not in METHODS]:
-        parser.error(f"--only {strange[0]}: no such method; there are {', '.join(METHODS)}")
     words = [f"out={given.out}", "batch=8", "bench.exact=false", *given.words]
     words += [f"bench.count={given.cases}", "bench.sessions=0", "bench.turns=single"]
-    words += [f"bench.rows.{name}={text}" for name, text in rows_of(names, given.words).items()]
-    try:
+    words += [f"bench.rows.{name}={text}" for name, text in rows_of(given.only, given.words).items()]
+    with in_one_line(parser), interrupt.handled():
         experiment, made = bench.read([], words)
         made = replace(made, protocol=PROTOCOL)
         print(forecast(made, StableDiffusion.load(**vars(experiment.model))), flush=True)
-    except InputError as error:
-        parser.error(str(error))
-    bench.edit(made, track=bar)
-    rows, lost = summed(made, bench.score(made, Scorer.of(PROTOCOL, {}), track=bar))
+        bench.edit(made, track=bar)
+        rows, lost = summed(made, bench.score(made, Scorer.of(PROTOCOL, {}), track=bar))
     show(rows, given.cases)
     print(*lost, sep="\n")
     if given.json:

@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from masafusion_lab import config, launch, phases, survey
+from experiments.commandline import at_least, in_one_line, show
+from masafusion_lab import InputError, config, launch, phases, survey
 from masafusion_lab.axes import Launch
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.forecast import count, speed
@@ -148,23 +147,19 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--grid", type=int, default=5, help="of the windows, in steps")
-    parser.add_argument("--cases", type=int, default=4, help="that two workers share; 0: without them")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="denoising steps")
+    parser.add_argument("--grid", type=at_least(1), default=5, help="of the windows, in steps")
+    parser.add_argument("--cases", type=at_least(0), default=4, help="that two workers share, 2 or more; 0: without")
     parser.add_argument("words", nargs="*", help="key=value settings")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
+    with in_one_line(parser), tempfile.TemporaryDirectory() as folder:
+        if given.cases == 1:
+            raise InputError("--cases 1: two workers cannot share it; 2 or more, or 0")
         found = cost(given.steps, given.grid, Path(folder), given.words)
         if given.cases:
             found |= workers(given.steps, given.grid, given.cases, Path(folder), given.words)
-    table = Table("number", "value", "bar", "")
-    for name, value in found.items():
-        sign, limit = BARS.get(name, ("", 0))
-        passed = value <= limit if sign == "<=" else value >= limit
-        verdict = ("reached" if passed else "NOT reached") if sign else ""
-        table.add_row(name, f"{float(value):.2f}", f"{sign} {limit:g}" if sign else "", verdict)
-    Console().print(table)
+    show(found, BARS)
     if given.json:
         write_json(given.json, found)
 

@@ -10,16 +10,17 @@ are worse over several turns.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from masafusion_lab import cli
 
-CONFIG = "configs/table1_picturebook.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "table1_picturebook.yaml"
 
 
 def main() -> None:
     """Run it."""
     words = sys.argv[1:]
-    usual = [] if any(word.startswith("--config") for word in words) else ["--config", CONFIG]
+    usual = [] if any(word.startswith("--config") for word in words) else ["--config", str(CONFIG)]
     sys.argv = ["masafusion", "bench", *usual, *words]
     cli.main()
 

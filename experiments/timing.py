@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from experiments.commandline import at_least, in_one_line
 from experiments.methods import inversion_rows
 from experiments.speed import command
 from masafusion_lab import config, lab
@@ -76,11 +77,12 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the median is taken")
+    parser.add_argument("--repeat", type=at_least(1), default=1, help="runs of each, of which the median is taken")
     parser.add_argument("--out", type=Path, default=Path("runs/timing"), help="where figure and numbers go")
     parser.add_argument("words", nargs="*", help="key=value settings, such as model.path=FOLDER image=FILE")
     given = parser.parse_args(argv)
-    found = run(given.repeat, given.words)
+    with in_one_line(parser):
+        found = run(given.repeat, given.words)
     table = Table("", *(head for head, _ in COLUMNS.values()), "paper")
     for name, row in found.items():
         numbers = (f"{row[key]:.{digits}f}" for key, (_, digits) in COLUMNS.items())

@@ -164,9 +164,12 @@ def _axis(key: str, text: str) -> Axis:
             raise ValueError("must have a < b, and a step above 0" + ", and a above 0" * (name == "loguniform"))
         if name in ("uniform", "loguniform", "integers"):
             return Axis(key, low=low, high=high, log=name == "loguniform", whole=name == "integers")
-        if (high - low) / numbers[2] > 1e6:
+        steps = (high - low) / numbers[2] + 1e-9
+        if name == "windows" and steps < 1:
+            raise ValueError("must have a step of b - a at most")
+        if (steps * (steps + 1) / 2 if name == "windows" else steps) > 1e6:
             raise ValueError("has more than a million values")
-        grid = [f"{low + n * numbers[2]:.10g}" for n in range(int((high - low) / numbers[2] + 1e-9) + 1)]
+        grid = [f"{low + n * numbers[2]:.10g}" for n in range(int(steps) + 1)]
         return Axis(key, tuple(grid if name == "range" else (f"[{a},{b}]" for a, b in itertools.combinations(grid, 2))))
     values = list(dict.fromkeys(_split(text)))
     if not values:

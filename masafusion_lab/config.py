@@ -276,17 +276,17 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
     """What is of the right type and yet cannot be."""
     e, i = experiment, experiment.inversion
     device, devices = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", e.model.device), "auto, cpu, cuda, cuda:1, mps"
+    counts = {"dilate": e.dilate, "tracking.attention": e.tracking.attention, "bench.count": e.bench.count,
+              "bench.sessions": e.bench.sessions, "launch.workers": e.launch.workers,
+              "launch.cpus": e.launch.cpus, "inversion.inner_steps": i.get("inner_steps")}  # fmt: skip
     yield from e.region.problems()
     for key, value, right, allowed in (
         ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
         ("batch", e.batch, e.batch >= 1, "at least 1"),
-        ("dilate", e.dilate, e.dilate >= 0, "at least 0"),
-        ("tracking.attention", e.tracking.attention, e.tracking.attention >= 0, "at least 0"),
-        ("bench.count", e.bench.count, e.bench.count is None or e.bench.count >= 0, "at least 0"),
-        ("bench.sessions", e.bench.sessions, e.bench.sessions is None or e.bench.sessions >= 0, "at least 0"),
+        ("launch.minutes", e.launch.minutes, e.launch.minutes >= 1, "at least 1"),
+        *((key, n, n is None or n >= 0, "at least 0") for key, n in counts.items()),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
         ("model.device", e.model.device, device, devices),
-        ("inversion.inner_steps", i.get("inner_steps"), i.get("inner_steps", 0) >= 0, "at least 0"),
         ("inversion.lr", i.get("lr"), i.get("lr") is None or i["lr"] > 0, "above 0"),
     ):
         if not right:

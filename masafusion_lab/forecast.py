@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -71,11 +72,12 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
     Sets the runner's rows. Raises InputError for a point that cannot be run, and for an axis that changes nothing.
     """
     path, names = survey.folder / "plan.json", [*(p.name for p in survey.points), *(case.id for case in survey.cases)]
-    made_of = [*names, rows]
-    if (kept := read_json(path)).get("made_of") == made_of:
+    made_of, settings = [*names, rows], json.loads(json.dumps({**runner.lab.changed, "batch": None}))
+    kept = read_json(path)
+    if kept.get("made_of") == made_of and kept.get("settings", settings) == settings:
         runner.rows = kept["rows"]
         proofs = tuple(Proof(**{**proof, "values": tuple(proof["values"])}) for proof in kept["proofs"])
-        return Forecast(**{**{key: value for key, value in kept.items() if key != "made_of"}, "proofs": proofs})
+        return Forecast(**{field.name: kept[field.name] for field in fields(Forecast)} | {"proofs": proofs})
     case = survey.cases[0]
     chunks = [runner.ready(runner.works(case, chunk)) for chunk in survey.chunks()]
     if runner.lost:
@@ -92,7 +94,7 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         shared += sum(n for n, work in zip(each, works, strict=True) if work.course is None)
     seconds = shared * a_row * len(survey.cases)
     found = Forecast(len(survey.points), len(survey.cases), alone, shared, runner.rows, seconds, proofs)
-    write_json(path, {**asdict(found), "made_of": made_of})
+    write_json(path, {**asdict(found), "made_of": made_of, "settings": settings})
     return found
 
 
@@ -110,15 +112,21 @@ def alive(survey: Survey, runner: Runner, case: Case) -> Iterator[Proof]:
     for axis in base.values:
         values = list(dict.fromkeys(point.values[axis] for point in survey.points))
         others = dict.fromkeys(values[n] for n in (-1, len(values) // 2, 1 - len(values)) if len(values) > 1)
-        tried = [value for value in others if value != base.values[axis]]
-        for value in tried:
-            words = [f"{key}={text}" for key, text in {**base.values, axis: value}.items()]
-            other = Point({**base.values, axis: value}, config.load(words=words, base=base.experiment))
-            works = runner.ready(runner.works(case, [base, other]))  # which may fail, if no point is between the two
-            if len(works) == 2 and (found := _parting(*works)):
+        tried: list[str] = []
+        for value in (value for value in others if value != base.values[axis]):
+            its = {**base.values, axis: value}
+            try:
+                other = Point(its, config.load(words=[f"{k}={text}" for k, text in its.items()], base=base.experiment))
+            except InputError:
+                continue
+            works = runner.ready(runner.works(case, [base, other]))
+            if len(works) < 2:  # of a list no point need lie between two, or could
+                continue
+            if found := _parting(*works):
                 log.info("axes.%s changes the picture: at state %d by up to %.3g", axis, *found)
                 yield Proof(axis, (base.values[axis], value), case.id, *found)
                 break
+            tried.append(value)
         else:
             if tried:
                 raise InputError(
@@ -150,9 +158,11 @@ def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, flo
     if rows:
         return rows, _timed(runner, work, rows)[0] / rows
     taken, held = _timed(runner, work, 2)
-    fit = max(1, int(free() / max(held, 1e-6)))  # two rows held so much, and half of it is for them
+    tried = [LEAST * 2**k for k in range(5)]
+    fit = free(runner.lab.model.device) / max(held, 1e-6)  # two rows held so much, and half of it is for them
+    fit = int(min(max(1, fit), tried[-1]))
     best = min(LEAST, 2 ** (fit.bit_length() - 1)), taken / 2
-    for n in (LEAST * 2**k for k in range(5)):
+    for n in tried:
         if n > fit:
             break
         try:
@@ -182,10 +192,10 @@ def _timed(runner: Runner, work: Work, n: int) -> tuple[float, float]:
     return min(seconds), max(0.0, (peak_memory_gb() or 0.0) - before)
 
 
-def free() -> float:
+def free(device: torch.device) -> float:
     """GiB of memory that are free where the model is run; infinite where it cannot be known."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] / 2**30
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     except (AttributeError, ValueError, OSError):

@@ -73,16 +73,18 @@ def scores(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], 
 
     Ranks, because measures have no common unit; ties share theirs. NaN where a point failed.
     """
-    points = list(dict.fromkeys(record["point"] for record in records))
-    cases = list(dict.fromkeys(record["case"] for record in records))
+    points, cases = (
+        {name: n for n, name in enumerate(dict.fromkeys(record[key] for record in records))}
+        for key in ("point", "case")
+    )
     values = torch.full((len(cases), len(points), len(names)), math.nan, dtype=torch.float64)
     for record in records:
         its = torch.tensor([record.get(name, math.nan) for name in names], dtype=torch.float64)
-        values[cases.index(record["case"]), points.index(record["point"])] = its
+        values[cases[record["case"]], points[record["point"]]] = its
     higher = [MEASURES[name].higher_is_better for name in names]
     rank = torch.stack([ranks(case, higher) for case in values])
     others = values.isfinite().sum(1, keepdim=True) - 1
-    return points, ((others + 1 - rank) / others).where((others > 0) | rank.isnan(), 0.5).mean(-1).numpy()
+    return list(points), ((others + 1 - rank) / others).where((others > 0) | rank.isnan(), 0.5).mean(-1).numpy()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def recommend(records: Sequence[Record], names: Sequence[str]) -> Recommendation
     usable = np.where(whole, score, -np.inf)
     by_case = {case: points[int(np.nanargmax(row))] for case, row in zip(cases, score, strict=True)}
     draws = np.random.default_rng(0).integers(len(cases), size=(1000, len(cases)))
-    winners = [points[n] for n in usable[draws].mean(1).argmax(1)]
+    winners = [points[int(usable[draw].mean(0).argmax())] for draw in draws]  # one by one, as all take gigabytes
     share = {point: winners.count(point) / len(winners) for point in sorted(set(winners), key=winners.count)[::-1]}
     return Recommendation(points[int(usable.mean(0).argmax())], by_case, share)
 

@@ -26,6 +26,7 @@ from masafusion_lab import InputError, interrupt
 from masafusion_lab.axes import AGAIN, Launch
 from masafusion_lab.clusters import by_ray, by_submitit
 from masafusion_lab.inversion import Track, silent
+from masafusion_lab.runs import explained
 
 if TYPE_CHECKING:
     from masafusion_lab.data.case import Case
@@ -49,21 +50,25 @@ class Worker:
     n: int = 0
 
     def __call__(self) -> None:
-        """Take the next item that nobody has, until all are settled."""
+        """Take the next item that nobody has, until all are settled; what a worker died of comes after all others."""
         import torch
 
         logging.basicConfig(filename=self.log, level=logging.INFO, format=SPOKEN)
         torch.set_num_threads(self.threads)
         waiting = dict(TASKS[self.task](Path(self.folder), self.device))
         claims = Path(self.folder) / "claims"
+        (begun := claims / "begun").mkdir(parents=True, exist_ok=True)  # a file for each item, of a byte for each time
+        tries = dict.fromkeys(waiting, 0) | {file.name: file.stat().st_size for file in begun.iterdir()}
         log.info("worker %d begins, process %d: %d items", self.n, os.getpid(), len(waiting))
         while waiting:
             before = len(waiting)
-            for name in list(waiting):
+            for name in sorted(waiting, key=tries.__getitem__):
                 with claimed(claims / f"{name}.lock") as mine:
                     if mine:
                         run, mark = waiting.pop(name), settled(self.folder) / name
                         if not mark.exists():
+                            with explained(begun), open(begun / name, "ab") as file:
+                                file.write(b".")
                             run()
                             mark.touch()
                 interrupt.check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from masafusion_lab.landscape import Record, importance, pareto
 from masafusion_lab.look import panel, styled
 from masafusion_lab.metrics import MEASURES
 from masafusion_lab.report import INK, LINE, MARK, PAPER, SOFT
+
+RANGES = 12
+"""Of the values of a coordinate that are too many to be shown one by one."""
 
 
 def short(name: str) -> str:
@@ -31,13 +36,25 @@ def shown_over(points: Sequence[Record], dimensions: Sequence[str]) -> list[str]
 
 
 def grid(points: Sequence[Record], over: Sequence[str]) -> tuple[list[list[Any]], Callable[[Record], tuple[int, ...]]]:
-    """The values of two coordinates (rows, columns; of one: a row alone), and the place of a point among them."""
+    """The values of two coordinates (rows, columns; of one: a row alone), and the place of a point among them.
+
+    Of points at random, each with a row and a column of its own, numbers are in RANGES, named by where they begin.
+    """
     names = list(over) if len(over) == 2 else ["", *over]
-    values = [
-        sorted({point[name] for point in points}, key=lambda v: (isinstance(v, str), v)) if name else [""]
-        for name in names
-    ]
-    return values, lambda p: tuple(its.index(p[name]) if name else 0 for name, its in zip(names, values, strict=True))
+    values = [sorted({point[name] for point in points}, key=_order) if name else [""] for name in names]
+    if len(values[0]) * len(values[1]) > max(RANGES**2, 4 * len(points)):
+        values = [its if isinstance(its[-1], str) else its[:: math.ceil(len(its) / RANGES)] for its in values]
+
+    def place(point: Record) -> tuple[int, ...]:
+        of = zip(names, values, strict=True)
+        return tuple(bisect(its, _order(point[name]), key=_order) - 1 if name else 0 for name, its in of)
+
+    return values, place
+
+
+def _order(value: Any) -> tuple[bool, Any]:
+    """What values are sorted by: numbers, then words."""
+    return isinstance(value, str), value
 
 
 def written(value: Any) -> str:
@@ -188,6 +205,7 @@ def contact_sheet(
     for record in records:
         if record["picture"] and (place(record) not in pictures or record["point"] == best):
             pictures[place(record)] = record
+    side = min(side, math.isqrt(4 * 10**7 // (len(values[0]) * len(values[1]))))  # that it can be opened again
     width = round(side * source.width / source.height)
     gap, font = 6, ImageFont.load_default(13)
     left, top = 84 + width + 4 * gap, 44

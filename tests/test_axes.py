@@ -56,6 +56,8 @@ def test_random_points_are_within_their_ranges_and_the_same_for_a_seed():
         ({"seed": "range(0,5)"}, Sweep(), "must be a list, range"),
         ({"seed": "range(0,nan,1)"}, Sweep(), "must be finite"),
         ({"seed": "range(0,1e12,1)"}, Sweep(), "more than a million"),
+        ({"seed": "windows(0,1e6,1)"}, Sweep(), "more than a million"),  # of 500,000,500,000 windows
+        ({"seed": "windows(0,3,5)"}, Sweep(), "must have a step of b - a at most"),
         ({"seed": "uniform(0,a)"}, Sweep(), "must be numbers"),
         ({"seed": " , "}, Sweep(), "has no values"),
         ({"seed": "uniform(0,5)"}, Sweep(), "sweep.kind=random"),

@@ -113,6 +113,8 @@ def test_inversion_and_method_become_the_classes_with_their_settings():
         ("steps=-1", "1 to 1000"),
         ("batch=0", "at least 1"),
         ("dilate=-1", "at least 0"),
+        ("launch.workers=-1", "at least 0"),
+        ("launch.minutes=0", "at least 1"),
         ("region.threshold=1", "below 1"),
         ("region.feather=-1", "at least 0"),
         ("region.downsample=min", "max | area | nearest"),

@@ -88,6 +88,16 @@ def test_what_cannot_be_written_is_one_line(checkpoint, tiny_root, tmp_path):
         main([str(checkpoint), str(checkpoint / "unet"), "--base", str(tiny_root)])
 
 
+def test_a_conversion_that_is_called_off_leaves_nothing(checkpoint, tiny_root, tmp_path, monkeypatch):
+    def called_off(*its):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tmp_path), "replace", called_off)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(checkpoint), str(tmp_path / "unet"), "--base", str(tiny_root)])
+    assert not list(tmp_path.glob("unet*"))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -2,14 +2,26 @@
 
 import importlib
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import experiments
-from experiments import attention, error_budget, figures, timing
+from experiments import (
+    attention,
+    edit_quality,
+    error_budget,
+    figures,
+    inversion_quality,
+    scale,
+    speed,
+    sweep_cost,
+    timing,
+)
 from masafusion_lab import config
+from masafusion_lab.lab import Lab
 from masafusion_lab.methods import METHODS
 from tests.edits import case as a_case
 
@@ -32,7 +44,7 @@ def test_a_figures_variants_have_only_settings_that_their_methods_have(script):
             config.load(words=of_row)
 
 
-def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(words, tmp_path, capsys):
+def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(words, tmp_path, monkeypatch, capsys):
     from experiments.fig04_initial_noise import FIGURE
 
     made = figures.main("", FIGURE, ["--count", "2", "--out", str(tmp_path / "fig"), *words])
@@ -43,6 +55,9 @@ def test_a_figure_shows_every_case_under_every_setting_and_leaves_its_table(word
     assert "x in A, else x_T^S" in (tmp_path / "fig" / "table.md").read_text()
     shown = [figures.result(made, row, made.cases[0], "intermediate") for row in made.rows]
     assert len({picture.tobytes() for picture in shown}) == 3
+    monkeypatch.setattr(figures, "SHOWN", 1)  # of hundreds no picture can be drawn
+    first = Image.open(figures.draw(made, FIGURE))
+    assert first.width / first.height == pytest.approx(6 * 1.2 / (1.45 + 0.35), rel=0.02)
 
 
 def test_in_a_figure_what_failed_is_said_in_its_place(words, tmp_path):
@@ -93,12 +108,47 @@ def test_the_interference_of_methods_is_told_with_what_follows_from_their_rules(
     assert "masafusion" in capsys.readouterr().out
 
 
+def test_a_signal_ends_what_is_measured_after_the_step(words, tmp_path, monkeypatch, capsys):
+    prepare = Lab.prepare
+    monkeypatch.setattr(Lab, "prepare", lambda *its: signal.raise_signal(signal.SIGTERM) or prepare(*its))
+    with pytest.raises(SystemExit) as end:
+        error_budget.main(["--count", "1", "--sessions", "1", "--out", str(tmp_path), *words])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM" in capsys.readouterr().err
+    assert not list(tmp_path.glob("error_budget.*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "said"),
+    [
+        (edit_quality, ["--count", "0"], "--count: 0: at least 1"),
+        (edit_quality, ["--inversion", "direct,nul_text"], "'nul_text': there are direct, ddim, null_text"),
+        (edit_quality, ["stepps=3"], "did you mean steps"),
+        (error_budget, ["--sessions", "-2"], "-2: at least 1"),
+        (error_budget, ["method.name=masafushion"], "did you mean masafusion"),
+        (inversion_quality, ["--count", "x"], "invalid number value: 'x'"),
+        (scale, ["--devices", "1,no"], "invalid numbers value: '1,no'"),
+        (scale, ["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (speed, ["--only", "nti_raito"], "'nti_raito': there are nti_ratio, "),
+        (sweep_cost, ["--cases", "1"], "two workers cannot share it"),
+        (sweep_cost, ["--steps", "3", "--grid", "5"], "must have a step of b - a at most"),
+        (timing, ["--repeat", "0"], "0: at least 1"),
+    ],
+)
+def test_what_a_command_cannot_use_is_said_before_anything_is_measured(command, wrong, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        command.main(wrong)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         (("--methods", "masafusion,unmasked"), "there are masafusion, no_region, region_only, plain"),
         (("--only", "overhed"), "there are overhead, word_iou, interference"),
-        (("--count", "1"), "an interval takes 2 or more"),
+        (("--count", "1"), "1: at least 2"),
+        (("--only", "word_iou", "stepps=3"), "did you mean steps"),
     ],
 )
 def test_numbers_and_methods_that_there_are_not_are_refused(capsys, wrong, said):

@@ -1,11 +1,12 @@
 """What a sweep's numbers say: which point is best, by how much of the cases, and which axis matters."""
 
 import math
+import random
 
 import numpy as np
 import pytest
 
-from masafusion_lab import landscape
+from masafusion_lab import landscape, plots
 
 
 def records(**values):
@@ -34,6 +35,20 @@ def test_what_is_recommended_was_made_on_every_case_that_can_be_made_and_says_ho
     assert best.by_case == {"case 0": "c", "case 1": "b"}
     assert best.share == {"b": pytest.approx(0.75, abs=0.05), "a": pytest.approx(0.25, abs=0.05)}
     assert landscape.recommend(records(a=[None]), ["l1"]) is None
+
+
+def test_points_at_random_are_shown_by_ranges_and_those_of_a_grid_each_in_its_cell():
+    g = random.Random(0)
+    points = [{"a": g.random(), "b": g.random(), "c": g.choice("xy")} for _ in range(500)]
+    values, place = plots.grid(points, ["a", "b"])  # 500 x 500 pictures are more than any machine holds
+    assert [len(its) for its in values] == [12, 12]
+    for point in points:
+        for name, its, n in zip("ab", values, place(point), strict=True):
+            assert [*its, 1][n] <= point[name] < [*its, 1][n + 1]
+    assert plots.grid(points, ["c", "a"])[0] == [["x", "y"], sorted(point["a"] for point in points)]
+    few, place = plots.grid([{"a": 1.0, "b": "all"}, {"a": 2.0, "b": 7.0}], ["a", "b"])
+    assert few == [[1, 2], [7, "all"]]
+    assert place({"a": 2.0, "b": "all"}) == (1, 1)
 
 
 def test_the_front_is_what_no_other_point_beats_in_both():

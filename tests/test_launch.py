@@ -1,6 +1,7 @@
 """Several workers: the same results as one process, whoever dies; what is not installed is said."""
 
 import sys
+from functools import partial
 
 import pytest
 
@@ -33,6 +34,8 @@ def test_what_many_devices_take_is_reckoned_by_who_is_free():
     rows = {"plain": 1.0, "masafusion": 2.0}
     assert makespan(rows, 3, 1, loading=5) == 5 + 9
     assert makespan(rows, 3, 2, loading=5) == 5 + 5
+    assert makespan({"plain": 1.0, "masafusion": 4.0}, 1, 2, loading=5) == 5 + 4
+    assert makespan({"a": 1.0, "b": 1.0, "c": 4.0}, 1, 2, loading=5) == 5 + 5  # in the rows' order
     assert makespan(rows, 3, 64, loading=5) == 5 + 2
 
 
@@ -42,6 +45,21 @@ def test_a_worker_of_this_process_does_all_that_is_left(two_cases, tmp_path):
     write_text(tmp_path / "out/config.yaml", config.to_yaml(asked))
     Worker("sweep", str(tmp_path / "out"), "cpu", 1)()
     assert len(pictures(tmp_path / "out")) == 4
+
+
+def test_what_a_worker_died_of_keeps_no_other_item_from_being_run(tmp_path, monkeypatch):
+    ran = []
+
+    def item(name):
+        ran.append(name)
+        if ran == ["a"]:
+            raise MemoryError("as if killed")
+
+    monkeypatch.setitem(launch.TASKS, "sweep", lambda *_: [(name, partial(item, name)) for name in "abc"])
+    with pytest.raises(MemoryError):
+        Worker("sweep", str(tmp_path), "cpu", 1)()
+    Worker("sweep", str(tmp_path), "cpu", 1)()
+    assert ran == ["a", "b", "c", "a"]
 
 
 def test_inversions_are_items_too(two_cases, tmp_path):

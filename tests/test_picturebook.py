@@ -12,15 +12,18 @@ from dataclasses import FrozenInstanceError, replace
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from experiments import example
 from masafusion_lab import InputError
-from masafusion_lab.picturebook import KINDS, POSES, Scene, Thing, labels, picture, scene
+from masafusion_lab.picturebook import KINDS, POSES, Scene, Thing, labels, picture, scene, sheet
 from masafusion_lab.picturebook.captions import WORDINGS, caption, check, words
 from masafusion_lab.picturebook.changes import change
 from masafusion_lab.picturebook.draw import coverage, draw
 from masafusion_lab.picturebook.edits import EDITS, edit, session
 from masafusion_lab.picturebook.scene import HELD_BACK, SPLITS, dice
 from masafusion_lab.picturebook.sketch import canny, posemap, sketch
+from masafusion_lab.request import EXAMPLE
 
 DIGEST = """
 import hashlib
@@ -250,6 +253,21 @@ def test_bad_input_is_one_clear_line(act, says):
     with pytest.raises(InputError, match=says) as told:
         act()
     assert "\n" not in str(told.value)
+
+
+def test_a_sheet_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        sheet.main(["--size", "16", "--out", str(tmp_path / "sheet.pgn")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("error: unknown file extension: .pgn")
+
+
+def test_the_built_in_example_is_drawn_as_it_ships(tmp_path):
+    example.main([str(tmp_path)])
+    for name in ("horse.png", "mask.png", "sketch.png"):
+        made, ships = (np.asarray(Image.open(folder / name)) for folder in (tmp_path, EXAMPLE.parent))
+        assert np.array_equal(made, ships)
+    assert (tmp_path / EXAMPLE.name).read_text() == EXAMPLE.read_text()
 
 
 def test_descriptions_cannot_be_changed():

@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from experiments.picturebook import evaluate
+from experiments import edit_quality
+from experiments.picturebook import evaluate, painted
 from experiments.picturebook.data import pixels
 from experiments.picturebook.judge import around, worn
 from masafusion_lab import InputError
+from masafusion_lab.data.picturebook import cases
 from masafusion_lab.hub import PICTUREBOOK, SUMS, damaged
 from masafusion_lab.picturebook import ALL_POSES, KINDS, POSES, Scene, Thing, scene
 from masafusion_lab.picturebook.draw import draw
@@ -205,13 +207,13 @@ def test_every_measure_is_taken_of_an_untrained_model_which_passes_none(untraine
 
 
 def test_figures_are_the_same_in_a_second_run_and_for_any_batch(untrained, monkeypatch):
-    def painted():
-        bench = evaluate.Bench(untrained, steps=2)
-        return torch.cat([made for _, made in bench.painted(evaluate.told(3), sketched=True)])
+    def made():
+        bench = painted.Bench(untrained, steps=2)
+        return torch.cat([pictures for _, pictures in bench.painted(painted.told(3), sketched=True)])
 
-    first = painted()
-    monkeypatch.setattr(evaluate, "BATCH", 2)
-    torch.testing.assert_close(painted(), first, atol=1e-4, rtol=0)
+    first = made()
+    monkeypatch.setattr(painted, "BATCH", 2)
+    torch.testing.assert_close(made(), first, atol=1e-4, rtol=0)
 
 
 def test_what_is_missing_is_one_line_a_measure(tmp_path, capsys):
@@ -222,8 +224,31 @@ def test_what_is_missing_is_one_line_a_measure(tmp_path, capsys):
     assert [line.split(":")[0] for line in said] == ["vae_psnr", "clip_retrieval", "judge"]
     assert all("missing" in line or "no such folder" in line for line in said)
     assert all("error" in result for result in json.loads(file.read_text())["measures"].values())
-    assert evaluate.main(["--only", "beauty"]) == 2
-    assert "no such measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "said"), [(["--only", "beauty"], "'beauty': there are vae_psnr"),
+                                             (["--count", "0"], "0: at least 1")])  # fmt: skip
+def test_a_measure_that_there_is_not_and_no_prompts_are_refused(wrong, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(wrong)
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_network_that_is_damaged_costs_its_own_measure_alone(untrained, tmp_path):
+    for part in ("judge", "dino"):
+        shutil.copytree(untrained / part, tmp_path / part)
+    (tmp_path / "dino" / "model.safetensors").write_bytes(b"cut off")
+    taken = evaluate.evaluate(evaluate.Bench(tmp_path, count=2), ["dino", "sketch_ceiling"])
+    assert "SafetensorError: " in taken["dino"]["error"]
+    assert "value" in taken["sketch_ceiling"]
+
+
+def test_edits_of_another_size_are_measured_at_that_of_their_sources(judge):
+    true = [case.truth for case in cases("test", 2)]
+    assert edit_quality.measure(true, judge)["kept_db"] == [100, 100]
+    small = edit_quality.measure([picture.resize((64, 64)) for picture in true], judge)
+    assert all(20 < kept < 100 for kept in small["kept_db"])
 
 
 # The shipped model ----------------------------------------------------------------------------------------------------

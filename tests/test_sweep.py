@@ -120,9 +120,25 @@ def test_each_axis_is_proven_alive_and_the_proof_is_kept(run, tmp_path):
 
 
 def test_a_dead_axis_stops_the_sweep_with_the_reason(run, tmp_path):
+    run("axes.method.hint_scale=1,2")  # of which the proof, in this folder, is none of other settings
+    shutil.rmtree(tmp_path / "out/cases")
     with pytest.raises(InputError, match=r"hint_scale: changes nothing on case 'cat'.*equal to the end, bit by bit"):
         run("axes.method.hint_scale=1,2", "method.hint_until=0")
     assert not pictures(tmp_path / "out")
+
+
+def test_axes_of_a_list_between_whose_points_nothing_can_be_are_not_called_dead(run):
+    found, planned = run("axes.steps=1,2", "axes.method.fusion_steps=[0,1],[1,2]", "sweep.kind=list")
+    assert len(found.records) == 2
+    assert not found.failures
+    assert [proof.axis for proof in planned.proofs] == ["steps"]
+
+
+def test_memory_that_cannot_be_known_is_enough(run, monkeypatch):
+    from masafusion_lab import forecast
+
+    monkeypatch.setattr(forecast, "free", lambda device: float("inf"))
+    assert run("axes.seed=0,1", "sweep.rows=auto")[1].rows >= forecast.LEAST
 
 
 def test_what_is_done_is_not_done_again(run, tmp_path):

@@ -1,5 +1,6 @@
 """The picture-book model's training: a part that was cut short ends as one that was not."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +13,7 @@ pytest.importorskip("experiments.picturebook.training")
 
 from experiments.picturebook import autoencoder, data, grown, inpaint, instruct, tokenizer, training, unet
 from experiments.picturebook.training import fit, settings
-from masafusion_lab import network
+from masafusion_lab import InputError, network
 from masafusion_lab.hub import Files
 from masafusion_lab.picturebook.captions import VOCABULARY
 from masafusion_lab.words import unknown
@@ -51,9 +52,46 @@ def test_every_word_of_the_world_is_one_token_and_strange_words_are_more(tmp_pat
     assert len(words("", padding="max_length").input_ids) == tokenizer.LENGTH
 
 
-def test_a_setting_that_does_not_exist_is_named():
-    with pytest.raises(Exception, match="stepps"):
-        settings(autoencoder.Autoencoder, ["stepps=3"])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stepps=3", "'stepps' not in 'Autoencoder'"),
+        ("steps=few", "'few' .* Integer full_key: steps"),
+        ("lr=[1", "parsing"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_in_one_line(word, said, monkeypatch):
+    with pytest.raises(InputError, match=said):
+        settings(autoencoder.Autoencoder, [word])
+    monkeypatch.setattr(sys, "argv", ["autoencoder", word])
+    with pytest.raises(SystemExit, match=said) as end:
+        autoencoder.main()
+    assert "\n" not in str(end.value)
+
+
+def test_a_rate_rises_over_the_warm_up_if_there_is_one_and_falls_to_two_hundredths():
+    def rates(*words):
+        part = training.Part(settings(training.Settings, ["steps=100", *words]))
+        return [part.rate(step) for step in (0, 50, 100)]
+
+    assert rates("warmup=10") == pytest.approx([0.1, 1, 0.02])
+    assert rates("warmup=0", "cooldown=0") == [1, 1, pytest.approx(0.02)]
+
+
+def test_the_settings_of_a_part_are_listed_with_what_they_mean(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["autoencoder", "--help"])
+    with pytest.raises(SystemExit) as end:
+        autoencoder.main()
+    said = capsys.readouterr().out
+    assert not end.value.code
+    assert all(
+        part in said for part in ("AutoencoderKL", "crop: the side", "crop: 64", "root: checkpoints/picturebook")
+    )
+
+
+def test_a_part_that_builds_on_one_that_is_not_there_says_how_to_have_it(tmp_path):
+    with pytest.raises(InputError, match=r"unet_coarse/last.ckpt: missing; python -m experiments\.picturebook\.all "):
+        training.weights(settings(unet.Unet, [f"root={tmp_path}"]), "unet_coarse", "unet")
 
 
 def test_a_grown_unet_holds_the_coarse_one_at_the_same_scale():
@@ -102,6 +140,16 @@ def test_regions_to_fill_are_things_boxes_or_all():
 
 def test_grades_are_words_that_the_model_knows(tmp_path):
     assert not unknown(tokenizer.save(tmp_path), f"make the horse red{instruct.suffix()}")
+
+
+def test_latents_are_scaled_by_a_few_pictures_without_drawing_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(autoencoder, "MEASURED", 2)
+    vae = autoencoder.trained(settings(training.Settings, [f"root={tmp_path}", "pictures=25000"]))
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["train-2-picture-128.npy"]
+    with torch.no_grad():
+        x = vae.encode(2 * data.pixels(data.Album(tmp_path / "data", count=2).pictures) - 1).latent_dist.mean
+    assert float(x.std()) * vae.config.scaling_factor == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.slow

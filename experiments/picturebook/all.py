@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -23,8 +24,13 @@ PARTS = (
 
 def main() -> None:
     """Train and export everything; what is already trained is passed over in seconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="key=value settings that hold for every part")
+    given = parser.parse_args().words
     for name, *words in PARTS:
-        subprocess.run([sys.executable, "-m", f"experiments.picturebook.{name}", *words, *sys.argv[1:]], check=True)
+        part = [sys.executable, "-m", f"experiments.picturebook.{name}", *words, *given]
+        if code := subprocess.run(part).returncode:
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from experiments.picturebook.data import SIZE, pixels
 from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
+
+MEASURED = 200
+"""Pictures that latents are scaled by."""
 
 
 @dataclass
@@ -78,8 +81,9 @@ def trained(s: Settings) -> AutoencoderKL:
     """The trained network, with the factor that gives its latents of drawn pictures variance 1."""
     name = "decoder" if last(s, "decoder").exists() else "autoencoder"
     vae = frozen(build(settings(Autoencoder, [f"root={s.root}"])), weights(s, name, "vae"))
+    measured = replace(s.album(), count=min(MEASURED, s.pictures))  # the first of any album
     with torch.no_grad():
-        x = vae.encode(2 * pixels(s.album().pictures[:200]) - 1).latent_dist.mean
+        x = vae.encode(2 * pixels(measured.pictures) - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / float(x.std()), 4))
     return vae
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from itertools import islice
 from pathlib import Path
 from textwrap import fill
 
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.picturebook.evaluate import Bench, told
+from experiments.picturebook.painted import Bench, told
 from masafusion_lab.report import picture
 from masafusion_lab.runs import write_picture
 
 ROWS, COLUMNS, SIDE, TEXT = 3, 4, 192, 50
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Paint and write them."""
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "examples/samples.png")
+    parser = argparse.ArgumentParser(description=__doc__)
+    usual = Path("examples/samples.png")
+    parser.add_argument("file", type=Path, nargs="?", default=usual, help=f"where to (default: {usual})")
+    out = parser.parse_args(argv).file
     sheet = Image.new("RGB", (COLUMNS * SIDE, ROWS * (SIDE + TEXT)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     items, made = next(Bench().painted(islice(told(), ROWS * COLUMNS)))

@@ -16,10 +16,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from torch import nn
+from yaml import YAMLError
 
 from experiments.picturebook.data import SIZE, Album, Batches
+from masafusion_lab import InputError
 from masafusion_lab.hub import PICTUREBOOK as MODEL
 
 log = logging.getLogger(__name__)
@@ -56,10 +59,20 @@ class Settings:
 
 
 def settings(kind: type[S], words: list[str] | None = None) -> S:
-    """The settings that key=value words give; an unknown key raises, naming the key."""
-    return OmegaConf.to_object(  # type: ignore[return-value]
-        OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(sys.argv[1:] if words is None else words))
-    )
+    """The settings that key=value words give, those of the command line if none are told; --help lists them there.
+
+    Raises InputError, on the command line SystemExit, naming a key that is not there or a value that it cannot have.
+    """
+    usual, given = OmegaConf.structured(kind), sys.argv[1:] if words is None else words
+    if "--help" in given or "-h" in given:
+        means = (its.__doc__ for its in (sys.modules[kind.__module__], *kind.__mro__[:-1]))  # but object's
+        print(*means, OmegaConf.to_yaml(usual), sep="\n\n")
+        sys.exit()
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(usual, OmegaConf.from_dotlist(given)))  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        said = " ".join(str(error).split()).partition(" object_type=")[0]
+        raise (SystemExit if words is None else InputError)(said) from None
 
 
 class Part(L.LightningModule):
@@ -87,7 +100,7 @@ class Part(L.LightningModule):
         """The factor of the learning rate at a step."""
         left = (self.s.steps - step) / max(1.0, self.s.cooldown * self.s.steps)
         fall = 1.0 if left >= 1 else 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
-        return min(1.0, (step + 1) / self.s.warmup) * fall
+        return min(1.0, (step + 1) / max(1, self.s.warmup)) * fall
 
     def configure_optimizers(self) -> Any:
         """AdamW on all that is trained; no decay of norms and biases."""
@@ -154,7 +167,7 @@ def weights(s: Settings, name: str, prefix: str) -> dict[str, torch.Tensor]:
     if shipped.exists():
         log.info("%s has no checkpoint: taken from %s", name, shipped)
         return {k: v.float() for k, v in load_file(shipped).items()}
-    raise FileNotFoundError(f"{path}: train this part first, python -m experiments.picturebook.{name}")
+    raise InputError(f"{path}: missing; python -m experiments.picturebook.all trains all that is, in order")
 
 
 def frozen(module: N, state: dict[str, torch.Tensor]) -> N:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         sheet(args.split, args.size, args.first, args.each).save(args.out)
         log.info("%s", args.out)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:  # a suffix of no kind of picture
         parser.error(str(error))
 
 
