@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments.commandline import at_least, in_one_line, some_of
 from masafusion_lab import bench, interrupt, lab
@@ -46,6 +47,7 @@ INVERSIONS = {
     "plug_and_play": ["direct inversion.prompt=empty"],
     "masactrl": ["direct inversion.prompt=empty"],
     "edit_friendly": ["edit_friendly"],
+    "reconstruction": ["direct", NTI],
 }
 """With which a method is measured; the others with direct inversion, or with none where they read none.
 
@@ -147,7 +149,11 @@ def measured(edited: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]
 
 def show(rows: Sequence[Mapping[str, Any]], count: int) -> None:
     """Print the table."""
-    table = Table("method", "inversion", *COLUMNS, title=f"{count} test edits of the picture-book world")
+    heads = (key.replace("_", "\n") for key in COLUMNS)  # so that 80 columns hold the table
+    names = (Column(name, no_wrap=True) for name in ("method", "inversion"))
+    table = Table(
+        *names, *heads, title=f"{count} test edits of the picture-book world", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
     digits = {"l1": 4, "edit_success": 2, "keep_psnr": 1, "seconds": 1, "rows": 0}
     for found in rows:
         cells = ["n/a" if found[key] is None else f"{found[key]:.{digits[key]}f}" for key in COLUMNS]
