@@ -1,4 +1,4 @@
-"""Figure 5: single-turn edits of all methods, side by side.
+"""Figure 5: single-turn edits of the methods that need no network of their own, side by side.
 
     python -m experiments.fig05_single_turn [--count N] [--out FOLDER] [KEY=VALUE ...]
 
