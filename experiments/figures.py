@@ -17,7 +17,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
 from PIL import Image, ImageChops, ImageFilter
-from rich.console import Console
 
 from experiments.commandline import in_one_line
 from masafusion_lab import bench, config, interrupt, protocol, tables
@@ -75,8 +74,7 @@ def main(doc: str | None, figure: Figure, argv: Sequence[str] | None = None) -> 
     found = tables.tables(records, made.protocol)
     write_parquet(made.folder / "results.parquet", records)
     write_text(made.folder / "table.md", tables.as_markdown(found))
-    for table in found:
-        Console(width=240).print(tables.as_rich(table))
+    tables.show(found)
     print(draw(made, figure))
     return made
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,10 +63,8 @@ def print_scores(experiment: config.Experiment, bench: Benchmark, *, again: bool
     records = score(bench, scorer, again=again, track=bar)
     with recording(experiment, bench.folder) as loggers:
         found = publish(bench, records, scorer, loggers)
-    out = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
-    for table in found:
-        out.print(tables.as_rich(table))
-    out.print(tables.NOTE, Text(str(bench.folder / "report.html")), sep="\n", soft_wrap=True)
+    tables.show(found)
+    print(bench.folder / "report.html")
     failed = [record for record in records if record["error"]]
     for why, n in Counter(record["error"] for record in failed).most_common(5):
         log.warning("%d edits are missing: %s", n, why)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 from torch import Tensor
@@ -133,15 +137,37 @@ def caption(table: Table) -> str:
     return " ".join(lines)
 
 
-def as_rich(table: Table) -> RichTable:
-    """For a terminal."""
-    rich = RichTable(title=table.title, caption=caption(table), title_justify="left", caption_justify="left")
-    rich.add_column("", no_wrap=True)
-    for heading in headings(table):
-        rich.add_column(heading, justify="right", no_wrap=True)
-    for name, row in zip(table.names, cells(table), strict=True):
-        rich.add_row(Text(name), *(Text(text, "bold" if best else "") for text, best in row))
-    return rich
+def show(found: Sequence[Table]) -> None:
+    """Print tables, each in as many parts as the terminal's width asks for, with the note that explains them."""
+    out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for table in found:
+        for part in as_rich(table, out.width):
+            out.print(part, "")
+        out.print(Text(caption(table)), "")
+    out.print(Text(NOTE))
+
+
+def as_rich(table: Table, width: int) -> Iterator[RichTable]:
+    """For a terminal of `width` characters: below a mean its interval, below a rank its own."""
+    shown = [[(re.sub(r"(?=±)| (?=[\[(])", "\n", text), best) for text, best in row] for row in cells(table)]
+    heads = headings(table)
+    needs = [
+        max(map(len, "\n".join([head.replace(" ", "\n"), *(row[m][0] for row in shown)]).splitlines()))
+        for m, head in enumerate(heads)
+    ]
+    names, first = max(map(len, table.names)), 0
+    while first < len(heads):
+        last, left = first + 1, width - names - needs[first] - 2
+        while last < len(heads) and left >= needs[last] + 2:
+            left, last = left - needs[last] - 2, last + 1
+        part = RichTable("", title=None if first else table.title, title_justify="left", box=SIMPLE, show_edge=False)
+        part.padding = (0, 1, 0, 0)
+        for m in range(first, last):
+            part.add_column(heads[m], justify="right", width=needs[m])
+        for name, row in zip(table.names, shown, strict=True):
+            part.add_row(Text(name), *(Text(text, "bold" if best else "") for text, best in row[first:last]))
+        yield part
+        first = last
 
 
 def as_markdown(found: Sequence[Table]) -> str:

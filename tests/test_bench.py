@@ -11,12 +11,14 @@ import shutil
 import signal
 import sys
 import time
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from masafusion_lab import InputError, bench, benchpage, cli, config, interrupt, launch, phases, publish, tables
 from masafusion_lab.data import sets
@@ -310,6 +312,13 @@ def test_the_tables_say_what_the_records_do(run):
     assert markdown.count("### ") == 3
     assert "ours (DI)" in markdown
     assert re.search(r"\*\*\d+\.\d{4}±", markdown)
+    for width in (60, 80, 200):
+        console = Console(width=width, file=StringIO())
+        console.print(*tables.as_rich(found[0], width))
+        text = console.file.getvalue()
+        assert "…" not in text
+        for row in tables.cells(found[0]):
+            assert all(re.split("(?=±)| ", cell)[0] in text for cell, _ in row)
 
 
 def test_the_page_shows_tables_plots_and_every_case_in_every_row_and_loads_nothing_else(run, monkeypatch):
