@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,9 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 from experiments import edit_quality
 from experiments.picturebook import evaluate, painted
 from experiments.picturebook.data import pixels
+from experiments.picturebook.dino import Dino, trained
 from experiments.picturebook.judge import around, worn
+from experiments.picturebook.training import as_told
 from masafusion_lab import InputError
 from masafusion_lab.data.picturebook import cases
 from masafusion_lab.hub import PICTUREBOOK, SUMS, damaged
@@ -233,6 +236,15 @@ def test_a_measure_that_there_is_not_and_no_prompts_are_refused(wrong, said, cap
         evaluate.main(wrong)
     assert end.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_part_whose_forerunner_is_missing_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["instruct", f"root={tmp_path}"])
+    with (
+        pytest.raises(SystemExit, match=r"dino/last\.ckpt: missing; python -m experiments\.picturebook\.all"),
+        as_told(Dino, None) as s,
+    ):
+        trained(s)
 
 
 def test_a_network_that_is_damaged_costs_its_own_measure_alone(untrained, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from diffusers import T2IAdapter
 
-from experiments.picturebook.training import Settings, frozen, weights
+from experiments.picturebook.training import Settings, frozen, last, weights
 
 CHANNELS = {"sketch": 1, "canny": 1, "pose": 3}
 """Of the hint pictures."""
@@ -19,5 +19,6 @@ def build(kind: str, levels: Sequence[int]) -> T2IAdapter:
 
 
 def trained(s: Settings, kind: str, levels: Sequence[int]) -> T2IAdapter:
-    """The trained adapter of a kind."""
-    return frozen(build(kind, levels), weights(s, "unet", f"adapters.{kind}"))
+    """The trained adapter of a kind, from the UNet's checkpoint, or as it ships."""
+    name = "unet" if last(s, "unet").exists() else f"adapter_{kind}"
+    return frozen(build(kind, levels), weights(s, name, f"adapters.{kind}"))

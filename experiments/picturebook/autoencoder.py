@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from experiments.picturebook.data import SIZE, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, last, settings, weights
 
 MEASURED = 200
 """Pictures that latents are scaled by."""
@@ -90,8 +90,8 @@ def trained(s: Settings) -> AutoencoderKL:
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    s = settings(Autoencoder, words)
-    fit(Training, s, "decoder" if s.decoder else "autoencoder")
+    with as_told(Autoencoder, words) as s:
+        fit(Training, s, "decoder" if s.decoder else "autoencoder")
 
 
 if __name__ == "__main__":

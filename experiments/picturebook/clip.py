@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from experiments.picturebook import tokenizer
 from experiments.picturebook.data import SIZE, Album, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, settings, weights
 
 
 @dataclass
@@ -83,7 +83,8 @@ def trained(s: Settings) -> CLIPModel:
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    fit(Training, settings(Clip, words), "clip")
+    with as_told(Clip, words) as s:
+        fit(Training, s, "clip")
 
 
 if __name__ == "__main__":

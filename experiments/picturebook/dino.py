@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTModel
 
 from experiments.picturebook.data import SIZE, pixels
 from experiments.picturebook.instruct import albums
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, settings, weights
 
 
 @dataclass
@@ -132,9 +132,9 @@ def trained(s: Settings) -> ViTModel:
 
 def main(words: list[str] | None = None) -> None:
     """Train it, and write the folder that ships: pictures of 128x128 pixels in [-1, 1]."""
-    s = settings(Dino, words)
-    fit(Training, s, "dino")
-    trained(s).half().save_pretrained(Path(s.root) / "dino" / "model")
+    with as_told(Dino, words) as s:
+        fit(Training, s, "dino")
+        trained(s).half().save_pretrained(Path(s.root) / "dino" / "model")
 
 
 if __name__ == "__main__":

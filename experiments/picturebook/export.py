@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from experiments.picturebook import adapter, autoencoder, clip, grown, instruct, unet
-from experiments.picturebook.training import Settings, last, settings
+from experiments.picturebook.training import Settings, as_told, last, settings
+from masafusion_lab import InputError
 from masafusion_lab.hub import SUMS, fingerprint
 from masafusion_lab.network import TAUGHT
 from masafusion_lab.runs import write_text
@@ -54,14 +55,15 @@ def export(s: Export) -> Path:
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     log.info("%s: %.1f MB", out, size / 1e6)
     if size > LIMIT:
-        raise ValueError(f"{out}: {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f}")
+        raise InputError(f"{out}: {size / 1e6:.1f} MB, the limit is {LIMIT / 1e6:.0f}")
     return out
 
 
 def main(words: list[str] | None = None) -> None:
     """Write it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    export(settings(Export, words))
+    with as_told(Export, words) as s:
+        export(s)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from experiments.picturebook import autoencoder, clip, unet
 from experiments.picturebook.training import Part, weights
+from masafusion_lab import InputError
 from masafusion_lab.hub import fingerprint
 from masafusion_lab.network import BASE
 
@@ -89,7 +90,7 @@ class Training(Part):
 def export(s: unet.Unet, kind: str, out: Path, **more: Any) -> Path:
     """Write out/unet_<kind>/: config.json, with `more` entries, and in float16 only what differs from out/unet.
 
-    Raises ValueError where more differs than was trained: it then was grown from another UNet.
+    Raises InputError where more differs than was trained: it then was grown from another UNet.
     """
     file = out / "unet" / "diffusion_pytorch_model.safetensors"
     base, own = load_file(file), weights(s, f"unet_{kind}", "unet")
@@ -97,7 +98,7 @@ def export(s: unet.Unet, kind: str, out: Path, **more: Any) -> Path:
     changed = {name: w for name, w in own.items() if TRAINED.search(name)}
     kept = {name: w for name, w in own.items() if name not in changed}  # to the rounding of their running average
     if strange := [name for name, w in kept.items() if not torch.allclose(w, base[name], rtol=0.01, atol=1e-3)]:
-        raise ValueError(f"unet_{kind} was grown from another UNet than {file}: {len(strange)} differ, as {strange[0]}")
+        raise InputError(f"unet_{kind} was grown from another UNet than {file}: {len(strange)} differ, as {strange[0]}")
     folder = out / f"unet_{kind}"
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((out / "unet" / "config.json").read_text())

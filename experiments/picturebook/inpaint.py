@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from experiments.picturebook import clip, grown, unet
 from experiments.picturebook.data import pixels
-from experiments.picturebook.training import fit, settings
+from experiments.picturebook.training import as_told, fit
 
 
 @dataclass
@@ -69,7 +69,8 @@ class Training(grown.Training):
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    fit(Training, settings(Inpaint, words), "unet_inpaint")
+    with as_told(Inpaint, words) as s:
+        fit(Training, s, "unet_inpaint")
 
 
 if __name__ == "__main__":

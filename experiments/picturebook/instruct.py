@@ -19,7 +19,7 @@ from torch import Tensor
 
 from experiments.picturebook import grown, unet
 from experiments.picturebook.data import Album
-from experiments.picturebook.training import Settings, fit, last, settings
+from experiments.picturebook.training import Settings, as_told, fit, last
 from masafusion_lab.picturebook.edits import edit
 from masafusion_lab.picturebook.scene import Scene
 
@@ -110,8 +110,8 @@ class Training(grown.Training):
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    s = settings(Instruct, words)
-    fit(Training, s, "unet_hive" if s.grades else "unet_instruct")
+    with as_told(Instruct, words) as s:
+        fit(Training, s, "unet_hive" if s.grades else "unet_instruct")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experiments.picturebook.data import Album, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, weights
 from masafusion_lab.picturebook.judge import LOOKS, Judge, answers, keep
 
 
@@ -109,9 +109,9 @@ def trained(s: Settings) -> Judge:
 
 def main(words: list[str] | None = None) -> None:
     """Train it, and write the folder that ships."""
-    s = settings(Judging, words)
-    fit(Training, s, "judge")
-    keep(trained(s).half(), Path(s.root) / "judge" / "model")
+    with as_told(Judging, words) as s:
+        fit(Training, s, "judge")
+        keep(trained(s).half(), Path(s.root) / "judge" / "model")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from experiments.picturebook.data import pixels
 from experiments.picturebook.judge import worn
-from experiments.picturebook.training import Part, Settings, fit, frozen, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, weights
 from masafusion_lab.picturebook.judge import keep
 from masafusion_lab.picturebook.sketcher import Sketcher, agreement
 
@@ -62,9 +62,9 @@ def trained(s: Settings) -> Sketcher:
 
 def main(words: list[str] | None = None) -> None:
     """Train it, and write the folder that ships, inside the judge's."""
-    s = settings(Sketching, words)
-    fit(Training, s, "sketcher")
-    keep(trained(s).half(), Path(s.root) / "judge" / "model" / "sketcher")
+    with as_told(Sketching, words) as s:
+        fit(Training, s, "sketcher")
+        keep(trained(s).half(), Path(s.root) / "judge" / "model" / "sketcher")
 
 
 if __name__ == "__main__":

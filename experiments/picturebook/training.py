@@ -7,6 +7,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,21 +60,35 @@ class Settings:
         return Album(Path(self.root) / "data", "train", self.pictures, size, kind)
 
 
-def settings(kind: type[S], words: list[str] | None = None) -> S:
-    """The settings that key=value words give, those of the command line if none are told; --help lists them there.
+def settings(kind: type[S], words: list[str]) -> S:
+    """The settings that key=value words give.
 
-    Raises InputError, on the command line SystemExit, naming a key that is not there or a value that it cannot have.
+    Raises InputError, naming a key that is not there or a value that it cannot have.
     """
-    usual, given = OmegaConf.structured(kind), sys.argv[1:] if words is None else words
+    try:
+        given = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(words))
+        return OmegaConf.to_object(given)  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise InputError(" ".join(str(error).split()).partition(" object_type=")[0]) from None
+
+
+@contextmanager
+def as_told(kind: type[S], words: list[str] | None) -> Iterator[S]:
+    """The settings that words give; if none are told, those of the command line, where --help lists them.
+
+    What cannot be used in here then ends the command in one line.
+    """
+    given = sys.argv[1:] if words is None else words
     if "--help" in given or "-h" in given:
         means = (its.__doc__ for its in (sys.modules[kind.__module__], *kind.__mro__[:-1]))  # but object's
-        print(*means, OmegaConf.to_yaml(usual), sep="\n\n")
+        print(*means, OmegaConf.to_yaml(OmegaConf.structured(kind)), sep="\n\n")
         sys.exit()
     try:
-        return OmegaConf.to_object(OmegaConf.merge(usual, OmegaConf.from_dotlist(given)))  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
-        said = " ".join(str(error).split()).partition(" object_type=")[0]
-        raise (SystemExit if words is None else InputError)(said) from None
+        yield settings(kind, given)
+    except InputError as error:
+        if words is None:
+            sys.exit(str(error))
+        raise
 
 
 class Part(L.LightningModule):

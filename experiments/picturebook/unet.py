@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from experiments.picturebook import adapter, autoencoder, clip
 from experiments.picturebook.data import SIZE, Album, pixels
-from experiments.picturebook.training import Part, Settings, fit, frozen, last, settings, weights
+from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, last, settings, weights
 
 log = logging.getLogger(__name__)
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -177,8 +177,8 @@ def trained(s: Settings) -> UNet2DConditionModel:
 
 def main(words: list[str] | None = None) -> None:
     """Train it."""
-    s = settings(Unet, words)
-    fit(Training, s, "unet_coarse" if s.coarse else "unet")
+    with as_told(Unet, words) as s:
+        fit(Training, s, "unet_coarse" if s.coarse else "unet")
 
 
 if __name__ == "__main__":
