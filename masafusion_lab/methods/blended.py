@@ -62,7 +62,7 @@ class Blended(Method):
         each = self.each(T - start)
 
         def after(state: State) -> Mapping[str, Tensor]:
-            A, level = masks[(state.i - 1 - start) // each], state.i - self.lag
+            A, level = masks[(min(state.i, T - 1) - start) // each], state.i - self.lag  # of the step that follows
             outside = x0 if level == T else schedule.diffuse(x0, fresh(given, f"outside {state.i}"), level)
             return {"target": A * state.x["target"] + (1 - A) * outside}
 
