@@ -168,7 +168,8 @@ class NullTextInversion(L.LightningModule):
     def finish(self, i: int) -> Tensor:
         """Settle step i's embedding, set state i + 1, and give each picture's mean squared error there."""
         x, residual = self.residual(i)
-        back = LOSSES[self.settings.loss](residual) > (self.best if self.settings.keep == "best" else 2 * self.start)
+        most: dict[Any, Any] = {"last": torch.inf, "guarded": 2 * self.start, "best": self.best}
+        back = LOSSES[self.settings.loss](residual) > most[self.settings.keep]
         if back.any():
             log.log(
                 logging.INFO if self.settings.keep == "best" else logging.WARNING,

@@ -27,8 +27,8 @@ from masafusion_lab.trainer import make, undisturbed
 log = logging.getLogger(__name__)
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"lr": 2e-4, "lr_schedule": "constant", "early_stop": False},
-    "reference": {"lr": 1e-2, "lr_schedule": "reference", "early_stop": True},
+    "paper": {"lr": 2e-4, "lr_schedule": "constant", "early_stop": False, "keep": "guarded"},
+    "reference": {"lr": 1e-2, "lr_schedule": "reference", "early_stop": True, "keep": "last"},
 }
 """What a preset says of the fields that are left None: the paper's appendix A, or the code of Mokady et al. 2023."""
 
@@ -60,8 +60,9 @@ class NullText:
     """Of a picture's residual: mean or sum of squares, or norm."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Fresh at each step."""
-    keep: Literal["last", "best"] = "last"
-    """A step's embedding: the last (the best tried, if the loss ended above twice its start), or always the best."""
+    keep: Literal["last", "guarded", "best"] | None = None
+    """A step's embedding: the last, as in the published code; guarded: the best tried, if the loss ended above twice
+    its start; or always the best."""
     guidance: float = 7.5
     """w of the resimulation; the edit should use the same."""
     latents: Literal["resimulated", "inverted"] = "resimulated"
@@ -78,9 +79,10 @@ class NullText:
     @property
     def resolved(self) -> NullText:
         """These settings with every None replaced by the preset's value. Raises InputError for one that cannot be."""
-        choices: dict[str, Any] = {"preset": PRESETS, "loss": LOSSES, "optimizer": OPTIMIZERS, "keep": ("last", "best")}
-        choices |= {"lr_schedule": ("constant", "reference", None), "precision": ("model", "float32")}
-        for key, allowed in (choices | {"latents": ("resimulated", "inverted")}).items():
+        choices: dict[str, Any] = {"preset": PRESETS, "loss": LOSSES, "optimizer": OPTIMIZERS}
+        choices |= {"keep": ("last", "guarded", "best", None), "lr_schedule": ("constant", "reference", None)}
+        choices |= {"precision": ("model", "float32"), "latents": ("resimulated", "inverted")}
+        for key, allowed in choices.items():
             if (value := getattr(self, key)) not in allowed:
                 raise InputError(f"inversion.{key}={value!r}: must be one of {', '.join(filter(None, allowed))}")
         if self.inner_steps < 0 or (self.lr is not None and not 0 < self.lr < float("inf")):

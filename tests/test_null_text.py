@@ -93,7 +93,7 @@ def algorithm_2(model, goal, record, text, empty, schedule, settings):
     for i, t in enumerate(schedule.timesteps):
         x = record.states[i]
         null = (record.null[i - 1] if i else empty).clone().requires_grad_()
-        optimizer = torch.optim.Adam([null], lr=settings.lr)
+        optimizer = torch.optim.Adam([null], lr=settings.rate(i))
         with torch.no_grad():
             eps_text = model.unet(x, t, text).sample
         for _ in range(settings.inner_steps):
@@ -112,9 +112,10 @@ def algorithm_2(model, goal, record, text, empty, schedule, settings):
     return losses, nulls, latents
 
 
-def test_null_text_inversion_is_algorithm_2_with_its_two_loops(tiny, one):
-    curve, settings = Curve(), NullText(inner_steps=N).resolved
-    assert settings.lr == 2e-4
+@pytest.mark.parametrize("settings", [NullText(inner_steps=N), NullText("reference", N, lr=10.0, early_stop=False)])
+def test_null_text_inversion_is_algorithm_2_with_its_two_loops(tiny, one, settings):
+    """As published, also where the loss rises: the reference keeps the last embedding."""
+    curve, settings = Curve(), settings.resolved
     record = settings.invert(tiny, *one, loggers=[curve])
     goal = Direct().invert(tiny, *one).states
     losses, nulls, latents = algorithm_2(tiny, goal, record, *one[1:], settings)
@@ -122,6 +123,12 @@ def test_null_text_inversion_is_algorithm_2_with_its_two_loops(tiny, one):
     torch.testing.assert_close(record.states[1:], torch.stack(latents), rtol=3e-4, atol=3e-4)
     torch.testing.assert_close(record.null[:2], torch.stack(nulls[:2]), rtol=1e-3, atol=1e-5)
     assert torch.equal(record.states[0], goal[0])
+    ends = (record.states - goal).square().mean((1, 2, 3, 4))[1:]
+    assert (max(ends / torch.tensor(losses[::N])) > 2) == (settings.preset == "reference")
+
+
+def test_the_learning_rate_of_the_paper():
+    assert NullText().resolved.lr == 2e-4
 
 
 def test_the_loss_is_logged_by_step_and_inner_step_and_the_error_at_a_steps_end(tiny, one):
