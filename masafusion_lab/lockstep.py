@@ -64,7 +64,10 @@ After: TypeAlias = Callable[[State], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Course:
-    """A denoising as data: what `lockstep` is given. Points of a sweep are courses, which may share their rows."""
+    """A denoising as data: what `lockstep` is given. Points of a sweep are courses, which may share their rows.
+
+    `schedule`: of as many steps, in place of the one it is run with.
+    """
 
     plan: Plan | Script
     x: Mapping[str, Tensor]
@@ -73,6 +76,7 @@ class Course:
     w: float = 7.5
     after: After | None = None
     taps: Sequence[Tap] = ()
+    schedule: Schedule | None = None
 
     def check(self, *, steps: int, layers: int) -> None:
         """Raise InputError for a plan that a model of so many self-attention layers cannot follow in so many steps."""
@@ -82,8 +86,9 @@ class Course:
         self, model: StableDiffusion, *, schedule: Schedule, taps: Sequence[Tap] = (), **options: Any
     ) -> Iterator[State]:
         """Its `lockstep`, which more taps may watch."""
-        how: dict[str, Any] = {"schedule": schedule, "replay": self.replay, "w": self.w, "after": self.after}
-        return lockstep(model, self.plan, self.x, self.given, taps=(*taps, *self.taps), **how, **options)
+        how: dict[str, Any] = {"replay": self.replay, "w": self.w, "after": self.after, **options}
+        schedule, taps = self.schedule or schedule, (*taps, *self.taps)
+        return lockstep(model, self.plan, self.x, self.given, schedule=schedule, taps=taps, **how)
 
 
 class NotFinite(ArithmeticError):

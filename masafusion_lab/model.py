@@ -23,7 +23,7 @@ from masafusion_lab.attention import Step, install
 from masafusion_lab.loading import choose_device, choose_dtype, read
 from masafusion_lab.network import SUFFIX
 from masafusion_lab.residual import sharing
-from masafusion_lab.schedule import Schedule
+from masafusion_lab.schedule import Schedule, Spacing
 from masafusion_lab.sites import Site
 
 log = logging.getLogger(__name__)
@@ -134,9 +134,9 @@ class StableDiffusion:
             near = " or ".join(f"{w}x{h}" for w, h in itertools.product(*map(sorted, sizes)))
             raise InputError(f"{width}x{height}: both sides must be multiples of {m} for this model; take {near}")
 
-    def schedule(self, steps: int = 50) -> Schedule:
-        """The model's noise schedule in `steps` DDIM steps."""
-        return Schedule.from_config(self.config, steps)
+    def schedule(self, steps: int = 50, spacing: Spacing = "leading") -> Schedule:
+        """The model's noise schedule in `steps` DDIM steps; see `Schedule.from_config`."""
+        return Schedule.from_config(self.config, steps, spacing)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

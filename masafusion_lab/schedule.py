@@ -4,33 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
 
+Spacing: TypeAlias = Literal["leading", "linspace"]
+
 
 @dataclass(frozen=True)
 class Schedule:
     """The T steps of deterministic DDIM; state 0 is x_T (noise), state T is x_0.
 
-    `timesteps` (T, descending) says when the UNet is asked on the way from state i to i + 1; `abar` (T + 1) is the
-    cumulative alpha of each state. Equations (4) and (5) of the paper lack a factor sqrt(abar) before the noise term;
-    these are the scheduler's.
+    `timesteps` (T, descending, parts of one too) says when the UNet is asked on the way from state i to i + 1; `abar`
+    (T + 1) is the cumulative alpha of each state. Equations (4) and (5) of the paper lack a factor sqrt(abar) before
+    the noise term; these are the scheduler's.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     abar: Tensor
     prediction: str = "epsilon"
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], steps: int = 50) -> Schedule:
+    def from_config(cls, config: Mapping[str, Any], steps: int = 50, spacing: Spacing = "leading") -> Schedule:
         """The schedule of a diffusers scheduler configuration, in `steps` DDIM steps.
 
-        Always 'leading' spacing with an offset of one, as StableDiffusionPipeline enforces: with offset 0 the last step
-        of SD 1.x is the identity. Raises InputError for a configuration that no SD 1.x / 2.x model has.
+        'leading' spacing has an offset of one, as StableDiffusionPipeline enforces: with offset 0 the last step of SD
+        1.x is the identity. 'linspace' is k-diffusion's: evenly from the last trained timestep to 0, log-SNRs between
+        whole ones interpolated, and its end is x_0 itself. Raises InputError for a configuration that no SD 1.x / 2.x
+        model has.
         """
         n = int(config.get("num_train_timesteps", 1000))
         if not 1 <= steps <= n - 1:
@@ -51,6 +55,10 @@ class Schedule:
         if config.get("rescale_betas_zero_snr"):
             raise InputError("rescale_betas_zero_snr: models whose last state is noise alone are not supported")
         abar = torch.cumprod(1 - beta, 0)
+        if spacing == "linspace":
+            times, snr = torch.linspace(n - 1, 0, steps), abar.logit()
+            between = torch.lerp(snr[times.floor().long()], snr[times.ceil().long()], times.frac()).sigmoid()
+            return cls(tuple(times.tolist()), torch.cat([between, torch.ones(1)]), prediction)
         timesteps = (torch.arange(steps) * (n // steps) + 1).flip(0)
         last = torch.ones(1) if config.get("set_alpha_to_one", False) else abar[:1]
         return cls(tuple(timesteps.tolist()), torch.cat([abar[timesteps], last]), prediction)

@@ -73,7 +73,7 @@ def is_shareable(course: Course) -> bool:
         return bool(known) and all(getattr(part, name) == value for name, value in usual.items())
 
     plan = course.plan
-    if not isinstance(plan, Plan) or course.after or course.taps:
+    if not isinstance(plan, Plan) or course.after or course.taps or course.schedule:
         return False
     rules = (rule for branch in plan.branches.values() for rule in vars(branch).values() if is_dataclass(rule))
     noise = (rule for rule in plan.noise.values() if not isinstance(rule, str))

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionDiffEditPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -146,25 +147,20 @@ def test_glide_by_inpainting_is_the_inpainting_pipeline(tiny_networks):
     same(result(case, "glide", backend="inpaint"), theirs)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0], ids=["DDIM", "Euler ancestral"])
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
 @torch.no_grad()
-def test_instruct_pix2pix_is_its_pipeline(tiny_networks, monkeypatch, eta):
-    """With eta 1 it takes the very steps of Euler ancestral, if both end at x_0 itself."""
-    case, schedule = case_of(tiny_networks, "instruct"), None
-    kind = EulerAncestralDiscreteScheduler if eta else DDIMScheduler
-    pipe = pipeline(StableDiffusionInstructPix2PixPipeline, case, kind)
-    latents = case.x
-    if eta:
-        schedule = replace(case.schedule, abar=torch.cat([case.schedule.abar[:-1], torch.ones(1)]))
-        drawn = Drawn(monkeypatch, "diffusers.schedulers.scheduling_euler_ancestral_discrete")
-        drawn.left = [noise(f"target {i}") for i in range(T)]
-        pipe.scheduler.set_timesteps(T)
-        assert pipe.scheduler.timesteps.tolist() == list(case.schedule.timesteps)
+def test_instruct_pix2pix_is_its_pipeline(tiny_networks, monkeypatch, kind):
+    """Spaced as in its authors' code; in ten steps every timestep is a whole one."""
+    case = case_of(tiny_networks, "instruct")
+    pipe = pipeline(StableDiffusionInstructPix2PixPipeline, case)
+    pipe.scheduler = kind.from_config(dict(case.model.config), timestep_spacing="linspace")
+    drawn = Drawn(monkeypatch, "diffusers.schedulers.scheduling_euler_ancestral_discrete")
+    drawn.left = [noise(f"target {i}") for i in range(T)]
     theirs = pipe(
         INSTRUCTION, image=case.x0 / pipe.vae.config.scaling_factor, num_inference_steps=T, guidance_scale=W,
-        image_guidance_scale=1.5, latents=latents, output_type="latent",
+        image_guidance_scale=1.5, latents=case.x, output_type="latent",
     ).images  # fmt: skip
-    same(result(case, "instruct_pix2pix", schedule=schedule, eta=eta), theirs)
+    same(result(case, "instruct_pix2pix", eta=float(kind is EulerAncestralDiscreteScheduler)), theirs)
 
 
 # Against their rules, transcribed -------------------------------------------------------------------------------------
@@ -203,7 +199,7 @@ def test_blended_is_its_script(case):
             e = p.eps(x, t, "target")
             clean = (x - (1 - at) ** 0.5 * e) / at**0.5
             x = after**0.5 * clean + (1 - after) ** 0.5 * e
-            m = masks[k // (len(run) // len(masks) + 1)]
+            m = masks[min(k + 1, len(run) - 1) // (len(run) // len(masks) + 1)]  # the next step sees its own region
             noised = at**0.5 * x0 + (1 - at) ** 0.5 * noise(f"outside {2 + k + 1}")
             x = m * x + (1 - m) * noised
         same(result(case, "blended", start=0.25, shrink=shrink), x)
@@ -279,6 +275,15 @@ def test_edit_friendly_editing_adds_the_noise_maps_of_the_source(case):
             target = target + variance**0.5 * z
         x = target
     same(result(case, "edit_friendly", record), x)
+
+
+@torch.no_grad()
+def test_without_noise_the_offsets_of_direct_inversion_lead_the_source_back_to_its_picture(case):
+    """In few steps: where a state is added to and not replaced, rounding grows from step to step."""
+    prompts, schedule = case.given.prompts, case.model.schedule(3)
+    record = Direct().invert(case.model, case.x0, prompts["source"], prompts["empty"], schedule)
+    case.given = replace(case.given, prompts={**prompts, "target": prompts["source"]})
+    same(result(case, "edit_friendly", record, schedule, eta=0.0, source_guidance=W, start=0.0), case.x0)
 
 
 def test_hive_is_instruct_pix2pix_with_another_network_and_words(tiny_networks):

@@ -55,6 +55,17 @@ def test_other_betas_are_diffusers_own(changes):
     torch.testing.assert_close(schedule.abar[:-1], abar[list(schedule.timesteps)])
 
 
+def test_even_spacing_is_that_of_k_diffusion():
+    """Brooks et al.: sigmas of parts of a timestep are interpolated in their logarithm, and the last is 0."""
+    schedule, log_sigma = Schedule.from_config(SD, 8, "linspace"), DDIMScheduler(**SD).alphas_cumprod
+    log_sigma = ((1 - log_sigma) / log_sigma).sqrt().log()
+    for k, t in enumerate(schedule.timesteps):
+        assert t == pytest.approx(999 - 999 / 7 * k, abs=1e-3)
+        sigma = (log_sigma[int(t)] * (1 - t % 1) + log_sigma[min(int(t) + 1, 999)] * (t % 1)).exp()
+        assert schedule.level(k) == pytest.approx(float(1 / (1 + sigma**2)), rel=1e-4)
+    assert schedule.level(8) == 1
+
+
 @pytest.mark.parametrize("saved", [{"steps_offset": 0}, {"timestep_spacing": "trailing"}])
 def test_the_timesteps_are_those_of_the_published_edits_whatever_the_folder_was_saved_with(saved):
     """A pipeline overrides an offset of 0, whose last step does nothing; samplers saved in a folder are not DDIM's."""

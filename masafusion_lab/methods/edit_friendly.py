@@ -21,8 +21,9 @@ from masafusion_lab.sites import Site
 class NoiseMaps(Method):
     """Edit-friendly DDPM editing (Huberman-Spiegelglas et al. 2024), for inversion.name=edit_friendly.
 
-    The defaults are PIE-Bench's; the authors take steps=100, start=0.36, source_guidance=3.5, guidance=15.
-    With another inversion and eta=0 it is direct inversion whose offsets are added to the target too.
+    The defaults are the numbers of PIE-Bench's script; the authors take steps=100, start=0.36, source_guidance=3.5,
+    guidance=15. Between 0 and 1 eta is DDIM's, whose square their code lacks. With another inversion and eta=0 it is
+    direct inversion whose offsets are added to the target too.
     """
 
     guidance: float = 7.5
@@ -35,13 +36,13 @@ class NoiseMaps(Method):
     """How stochastic the steps are: 1, DDPM's; 0, DDIM's."""
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
-        """The source, which is replayed, and the target; the last step adds nothing, as published."""
+        """The source, which is replayed, and the target; the last step adds no noise map, as published."""
         if not (0 <= self.start < 1 and 0 <= self.eta <= 1):
             raise InputError(f"method.start={self.start:g}, eta={self.eta:g}: must be in [0, 1) and [0, 1]")
         return Plan(
             {"S": Branch("source", "source", w=self.source_guidance), "T": Branch("target", "target")},
             {"target": "T"},
-            sde={"target": Sde(self.eta, like="S", steps=Span(0, steps - 1))},
+            sde={"target": Sde(self.eta, like="S", steps=Span(0, steps - 1) if self.eta else Span())},
             run=Span(int(steps * self.start)),
         )
 

@@ -1,4 +1,4 @@
-"""GLIDE's way of filling a region (Nichol et al. 2022): at every step the rest of the picture is known exactly."""
+"""GLIDE's way of filling a region (Nichol et al. 2022): the rest of the picture is known at every step."""
 
 from __future__ import annotations
 

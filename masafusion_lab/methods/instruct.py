@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
-from masafusion_lab.fusion import Branch, Plan, Sde, Span, Weighted
+from masafusion_lab.fusion import Branch, Plan, Sde, Weighted
 from masafusion_lab.given import Given
 from masafusion_lab.lockstep import Course
 from masafusion_lab.methods.protocol import Method, Needs, Source, picture
@@ -21,7 +21,10 @@ from masafusion_lab.sites import Site
 
 @dataclass(frozen=True)
 class InstructPix2Pix(Method):
-    """InstructPix2Pix (Brooks et al. 2023), with its published settings; they are for steps=100."""
+    """InstructPix2Pix (Brooks et al. 2023), with its published settings; they are for steps=100.
+
+    As in its code, by k-diffusion, steps are spaced evenly from the last trained timestep to 0, and end at x_0 itself.
+    """
 
     needs: ClassVar[Needs] = Needs(inversion=False, network="instruct", instruction=True)
     guidance: float = 7.5
@@ -29,7 +32,7 @@ class InstructPix2Pix(Method):
     image_guidance: float = 1.5
     """s_I, guidance by the picture."""
     eta: float = 1.0
-    """How stochastic the steps are: 1, the published Euler ancestral ones; 0, DDIM's."""
+    """How stochastic the steps are: 1, the published Euler ancestral ones; 0, Euler's."""
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:
         """Three branches of a row each: under both, under the picture alone, under neither."""
@@ -43,14 +46,16 @@ class InstructPix2Pix(Method):
                 "none": Branch("target", "empty", w=1, extra="nothing"),
             },
             {"target": Weighted({"none": 1 - s_I, "image": s_I - s_T, "both": s_T})},
-            sde={"target": Sde(self.eta, steps=Span(0, steps - 1))} if self.eta else {},
+            sde={"target": Sde(self.eta)} if self.eta else {},
         )
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:
         """The edit as data; see `Method`."""
         latents = picture(model, given) / model.vae.config.scaling_factor  # as it was trained: not scaled
         given = replace(given, extra={"picture": latents, "nothing": torch.zeros_like(latents)})
-        return Course(self.plan(model.sites, len(schedule)), {"target": x}, given)
+        own = model.schedule(len(schedule), "linspace")
+        start = (1 - own.level(0)) ** 0.5 * x  # noise alone, not the state of a picture
+        return Course(self.plan(model.sites, len(own)), {"target": start}, given, schedule=own)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class PlugAndPlay(Method):
     source_prompt: Literal["empty", "source"] = "empty"
     """Prompt of the source rows; published with inversion.prompt=empty, and never under guidance."""
     negative: str = ""
-    """Negative prompt; none: that of "", in the original the source prompt."""
+    """Negative prompt; none: "", in the original the source prompt, as its configuration for pictures has it."""
     negative_fade: float = 1.0
     """Of the original: the share of "" beside the negative prompt in the first step, which falls to 0 in the last."""
 
@@ -64,7 +64,7 @@ class PlugAndPlay(Method):
             null = "negative" if self.negative else "empty"
             return Plan({"S": S, "T": Branch("target", "target", null=null, **reading("S"))}, {"target": "T"})
         w, unsaid = self.guidance, "S" if self.source_prompt == "empty" else "S_empty"  # which the null rows read
-        share = [self.negative_fade * (1 - i / max(1, steps - 1)) for i in range(steps)]
+        share = [self.negative_fade * (steps - 1 - i) / max(1, steps - 1) for i in range(steps)]
         rows = {  # a row each, since (3) is under two null prompts
             "S": replace(S, w=1),
             unsaid: Branch("source", "empty", w=1),
