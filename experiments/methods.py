@@ -53,7 +53,13 @@ INVERSIONS = {
 
 Plain editing reads x_T alone, in which direct and DDIM inversion are the same.
 """
-VARIANTS = {"glide": {"glide": "", "glide_inpaint": " method.backend=inpaint"}}
+VARIANTS = {
+    "glide": {"glide": "", "glide_inpaint": " method.backend=inpaint"},
+    "masafusion_no_adapter": {  # Algorithm 5, and the first steps of 50 in which appendix C finds fusion to work
+        "masafusion_no_adapter": "",
+        "no_adapter_first_20": " method.fuse_steps=[0,20]",
+    },
+}
 """Of a method that is measured in several forms: their names, and their keys."""
 STEPS = {"instruct_pix2pix": 100, "hive": 100}
 """As published, where that is not 50."""
