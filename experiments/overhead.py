@@ -41,7 +41,7 @@ def one_edit(words: Sequence[str], watched: bool) -> tuple[float, float]:
     (case,) = cases_of(experiment)
     ((_, record, _),) = phases.invert(lab, [case])
     editor = phases.Editor(lab.model, lab.method, lab.schedule)
-    item = phases._item(case, lab.prepare(case), record)
+    item = phases.as_item(case, lab.prepare(case), record)
     if watched:
         watch = Watch(bins=max(1, min(Watch.bins, len(lab.schedule) // 5)))  # short runs are looked at as often
         editor.watch = lambda batch: watch.begin(editor, batch).taps

@@ -189,7 +189,7 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
             log.warning("%s: the text encoder reads %d tokens; not read: %r", case.id, model.length, lost)
     if lab.method.needs.inversion and not case.source:
         log.warning('%s: is kept under an empty prompt; say what it shows, source="a cat in the snow"', case.id)
-    item = _item(case, prepared, Inversion(torch.empty(0)))
+    item = as_item(case, prepared, Inversion(torch.empty(0)))
     editor = Editor(model, lab.method, lab.schedule)
     given = editor.given([item], None)  # raises for words, hints and adapters
     try:
@@ -265,7 +265,8 @@ def edit(
     return [job.folder for job in jobs]
 
 
-def _item(case: Case, prepared: Prepared, record: Inversion) -> Item:
+def as_item(case: Case, prepared: Prepared, record: Inversion) -> Item:
+    """What the editor is given of a case."""
     return Item(
         case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints, case.instruction
     )
@@ -292,4 +293,4 @@ class Batches:
         """What the edit of a case reads. Raises InputError if its record was deleted in the meantime."""
         if (record := self.lab.store.get(job.record)) is None:
             raise InputError(f"{job.case.id}: its inversion has gone from the store in the meantime; run again")
-        return _item(job.case, self.lab.prepare(job.case), record)
+        return as_item(job.case, self.lab.prepare(job.case), record)

@@ -43,7 +43,7 @@ def lab(root, store, *words):
 def watched(lab, *cases, watch=None):
     """What an edit of the cases, as one batch, made, and what was seen of the attention of each."""
     records = {c.id: record for c, record, _ in phases.invert(lab, cases)}
-    items = [phases._item(c, lab.prepare(c), records[c.id]) for c in cases]
+    items = [phases.as_item(c, lab.prepare(c), records[c.id]) for c in cases]
     editor = Editor(lab.model, lab.method, lab.schedule)
     watching = []
 

@@ -100,7 +100,7 @@ def test_the_tokens_of_every_raw_map_sum_to_the_number_of_steps(lab):
 def test_watching_an_edit_changes_no_bit_of_any_picture(lab):
     c = case()
     (_, record, _) = next(phases.invert(lab, [c]))
-    plain = phases.Editor(lab.model, lab.method, lab.schedule).predict_step([phases._item(c, lab.prepare(c), record)])
+    plain = phases.Editor(lab.model, lab.method, lab.schedule).predict_step([phases.as_item(c, lab.prepare(c), record)])
     edited, _ = watched(lab, c)
     for name, picture in plain[0].pictures.items():
         assert torch.equal(picture, edited[0].pictures[name])
