@@ -20,7 +20,7 @@ def test_every_method_has_a_row_of_settings_that_it_has():
     assert {name.split(" ")[0] for name in rows} == {*METHODS, "glide_inpaint", "no_adapter_first_20"}
     steps = {name.split(" ")[0]: config.load(words=text.split()).steps for name, text in rows.items()}
     assert {name: n for name, n in steps.items() if n != 50} == {"instruct_pix2pix": 100, "hive": 100}
-    assert "steps=" not in "".join(methods.rows_of(METHODS, ["steps=3"]).values())
+    assert " steps=" not in "".join(methods.rows_of(METHODS, ["steps=3"]).values())
 
 
 @pytest.fixture(scope="module")
