@@ -3,8 +3,8 @@
     python -m experiments.inversion_quality [--count 10] [--json FILE] [KEY=VALUE ...]
 
 psnr: of the reconstruction (the record's last state, decoded) against the picture, in dB; `round trip` is what the
-autoencoder alone leaves of it. ratio: seconds over those of direct inversion. What is in the store is not
-timed, what was cut short only from there.
+autoencoder alone leaves of it. ratio: seconds over those of direct inversion. What is in the store is not timed;
+what was cut short, only from there.
 """
 
 from __future__ import annotations
