@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("experiments.picturebook.training")
 
-from experiments.picturebook import autoencoder, data, grown, inpaint, instruct, tokenizer, training, unet
+from experiments.picturebook import all as recipe
+from experiments.picturebook import autoencoder, data, grown, inpaint, instruct, text, tokenizer, training, unet
 from experiments.picturebook.training import fit, settings
 from masafusion_lab import InputError, network
 from masafusion_lab.hub import Files
-from masafusion_lab.picturebook.captions import VOCABULARY
+from masafusion_lab.picturebook import ALL_POSES, BACKGROUNDS, COLOURS, KINDS, PATTERNS, scene
+from masafusion_lab.picturebook.captions import VOCABULARY, WORDINGS, caption, words
 from masafusion_lab.words import unknown
 
 
@@ -138,6 +140,80 @@ def test_regions_to_fill_are_things_boxes_or_all():
     assert set(np.unique(drawn)) == {0, 1}
 
 
+@pytest.mark.parametrize("wording", range(WORDINGS))
+def test_what_is_asked_of_a_captions_tokens_is_what_it_tells(wording):
+    tables = [COLOURS, PATTERNS, ALL_POSES, text.SIDES]
+    for k in range(40):
+        described = scene("train", k)
+        read, asked = words(caption(described, wording)), text.answers(described, wording)
+        assert {KINDS[n] for n in np.flatnonzero(asked[:, 0])} == set(read) & set(KINDS)
+        told = {table[n] for row in asked for table, n in zip(tables, row[1:], strict=True) if n != text.UNTOLD}
+        assert told - {"", "plain"} == set(read) & set().union(*tables) - {"plain"}
+
+
+def test_a_reader_tells_whose_colour_is_whose():
+    torch.manual_seed(0)
+    reader, tokens = text.Reader(16), torch.randn(2, 5, 16)
+    asked = torch.full((2, len(KINDS), 5), text.UNTOLD)
+    asked[..., 0] = 0
+    for b, colours in enumerate(((0, 4), (4, 0))):  # of the first two kinds, swapped
+        for kind, colour in enumerate(colours):
+            asked[b, kind, :2] = torch.tensor([1, colour])
+    background = torch.tensor([2, 3])
+    optimizer = torch.optim.Adam(reader.parameters(), 0.02)
+    for _ in range(150):
+        loss, right = reader.loss(tokens, background, asked)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert right == {"colour": 1}
+    place, there, looks = reader(tokens)
+    assert place.shape == (2, len(BACKGROUNDS))
+    assert (there > 0).sum(1).tolist() == [2, 2]
+    assert looks["side"].shape == (2, len(KINDS), len(text.SIDES))
+
+
+def test_the_time_for_all_is_shared_by_the_parts_that_are_left(monkeypatch, capsys):
+    ran, clock = [], [0.0]
+
+    def run(part):
+        ran.append(part[2:])
+        clock[0] += 30
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    monkeypatch.setattr(recipe.time, "monotonic", lambda: clock[0])
+    asked = ["all", "--gpu", "--minutes", "10", "--only", "unet,inpaint,export", "root=here"]
+    monkeypatch.setattr(sys, "argv", asked)
+    recipe.main()
+    assert [part[0].rpartition(".")[2] for part in ran] == ["unet", "inpaint", "export"]
+    assert [word for part in ran for word in part if word.startswith("minutes")] == ["minutes=8.621", "minutes=9.500"]
+    assert all("root=here" in part for part in ran)
+    assert "workers=12" in ran[0]
+    assert "workers=12" not in ran[2]
+    monkeypatch.setattr(sys, "argv", ["all", "--only", "unett"])
+    with pytest.raises(SystemExit):
+        recipe.main()
+    assert "'unett': there are autoencoder, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_however_many_put_them_together(workers):
+    numbers = data.Batches(lambda g: g.integers(10**9), 0, 3, 5)
+    loaded = [int(n) for n in torch.utils.data.DataLoader(numbers, batch_size=None, num_workers=workers)]
+    assert loaded == [np.random.default_rng((0, k)).integers(10**9) for k in range(3, 8)]
+
+
+def test_a_fit_with_so_many_minutes_has_as_many_steps_as_fit(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 6))
+    monkeypatch.setattr(training.time, "monotonic", lambda: float(next(clock)))  # six seconds from look to look
+    words = [f"root={tmp_path}", "steps=1000", "batch=2", "epoch=2", "pictures=4", "threads=1", "minutes=0.9"]
+    monkeypatch.setattr(data, "ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
+    path = fit(autoencoder.Training, settings(autoencoder.Autoencoder, [*words, "channels=[8,8,8]"]), "vae")
+    assert 4 <= torch.load(path, weights_only=False)["global_step"] <= 16
+
+
 def test_grades_are_words_that_the_model_knows(tmp_path):
     assert not unknown(tokenizer.save(tmp_path), f"make the horse red{instruct.suffix()}")
 
@@ -162,6 +238,7 @@ def test_grown_networks_learn_and_ship_as_what_they_change(tmp_path, monkeypatch
     net = unet.build(settings(unet.Unet, words), 128)
     training.last(settings(unet.Unet, words), "unet").parent.mkdir()
     state = {f"unet.{name}": w for name, w in net.state_dict().items()}
+    state |= {f"text.{name}": w for name, w in text.trained(settings(unet.Unet, words)).state_dict().items()}
     torch.save({"state_dict": state}, training.last(settings(unet.Unet, words), "unet"))
     net.half().save_pretrained(tmp_path / "model" / "unet")
     instruct.main(words)

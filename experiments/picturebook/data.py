@@ -110,6 +110,8 @@ class Batches(torch.utils.data.IterableDataset[Any]):
         return self.count
 
     def __iter__(self) -> Iterator[Any]:
-        """Each batch, drawn from (seed, its number)."""
-        for k in range(self.start, self.start + self.count):
+        """Each batch, drawn from (seed, its number); several workers take turns."""
+        worker = torch.utils.data.get_worker_info()
+        first, every = (worker.id, worker.num_workers) if worker else (0, 1)
+        for k in range(self.start + first, self.start + self.count, every):
             yield self.make(np.random.default_rng((self.seed, k)))

@@ -210,11 +210,12 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--only", type=some_of(MEASURES), default=list(MEASURES), help="keys, separated by commas")
     ask.add_argument("--count", type=at_least(1), help="at most so many prompts or pictures a measure")
     ask.add_argument("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+    ask.add_argument("--guidance", type=float, default=Bench.w, help=f"w (default: {Bench.w})")
     ask.add_argument("--seed", type=int, default=0, help="of the noise")
     ask.add_argument("--json", type=Path, help="a file for the figures")
     asked = ask.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    bench = Bench(Path(asked.model), asked.count, asked.dtype, asked.seed)
+    bench = Bench(Path(asked.model), asked.count, asked.dtype, asked.seed, w=asked.guidance)
     results = evaluate(bench, asked.only)
     facts = {"model": asked.model, "count": asked.count, "dtype": asked.dtype, "seed": asked.seed, "steps": bench.steps,
              "w": bench.w}  # fmt: skip

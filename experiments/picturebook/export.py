@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from transformers import CLIPTextModel
 
-from experiments.picturebook import adapter, autoencoder, clip, grown, instruct, unet
+from experiments.picturebook import adapter, autoencoder, clip, grown, instruct, text, unet
 from experiments.picturebook.training import Settings, as_told, last, settings
 from masafusion_lab import InputError
 from masafusion_lab.hub import SUMS, fingerprint
@@ -32,10 +31,8 @@ class Export(Settings):
 def export(s: Export) -> Path:
     """Write pipeline, CLIP and adapters, float16 safetensors; returns the folder."""
     out, towers = Path(s.out), clip.trained(s)
-    text = CLIPTextModel(towers.config.text_config)
-    text.load_state_dict(towers.text_model.state_dict())
     StableDiffusionPipeline(
-        vae=autoencoder.trained(s), text_encoder=text, tokenizer=clip.words(s), unet=unet.trained(s),
+        vae=autoencoder.trained(s), text_encoder=text.trained(s), tokenizer=clip.words(s), unet=unet.trained(s),
         scheduler=DDIMScheduler(**unet.SCHEDULER), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     ).to(dtype=torch.float16).save_pretrained(out)  # fmt: skip

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.picturebook import autoencoder, clip, unet
+from experiments.picturebook import autoencoder, clip, text, unet
 from experiments.picturebook.training import Part, weights
 from masafusion_lab import InputError
 from masafusion_lab.hub import fingerprint
@@ -49,7 +49,7 @@ class Training(Part):
 
     def __init__(self, s: Grown, extra: int, start: str = "unet") -> None:
         super().__init__(s)
-        words, self.text, self.vae = clip.words(s), clip.trained(s).text_model, autoencoder.trained(s)
+        words, self.text, self.vae = clip.words(s), text.trained(s), autoencoder.trained(s)
         self.words, self.empty = words, words("", padding="max_length", return_tensors="np").input_ids[0]
         self.register_buffer("abar", DDIMScheduler(**unet.SCHEDULER).alphas_cumprod, persistent=False)
         net = unet.build(s, self.text.config.hidden_size)
@@ -76,8 +76,8 @@ class Training(Part):
         abar = self.abar[t].view(-1, 1, 1, 1)  # type: ignore[index]
         x, v = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * x0  # (1)
         with torch.no_grad():
-            text = self.text(ids).last_hidden_state
-        out = self.unet(torch.cat([x, beside], 1), t, text).sample.float()
+            tokens = self.text(ids).last_hidden_state
+        out = self.unet(torch.cat([x, beside], 1), t, tokens).sample.float()
         weight = torch.ones(1) if weight is None else weight
         error = (weight * (out - v).square()).mean((1, 2, 3)) / weight.mean()
         abar = abar.flatten()

@@ -33,6 +33,7 @@ N = TypeVar("N", bound=nn.Module)
 SHIPPED = {
     "autoencoder": MODEL / "vae" / "diffusion_pytorch_model.safetensors",
     "clip": MODEL / "clip" / "model.safetensors",
+    "text": MODEL / "text_encoder" / "model.safetensors",
     "unet": MODEL / "unet" / "diffusion_pytorch_model.safetensors",
     **{f"adapter_{kind}": MODEL / f"t2iadapter_{kind}" / "diffusion_pytorch_model.safetensors"
        for kind in ("sketch", "canny", "pose")},
@@ -52,8 +53,10 @@ class Settings:
     decay: float = 0.995  # of the running average of the weights
     epoch: int = 50  # steps from checkpoint to checkpoint
     seed: int = 0
-    pictures: int = 50_000
+    pictures: int = 100_000
     threads: int = 0  # 0: as many as there are cores
+    workers: int = 0  # processes that put batches together, for a GPU that would wait for one
+    minutes: float = 0.0  # if above 0, the time for this fit: steps become as many as fit, by the speed seen so far
 
     def album(self, kind: str = "picture", size: int = SIZE) -> Album:
         """The drawn pictures to train on, or their sketches, canny or pose maps."""
@@ -106,7 +109,7 @@ class Part(L.LightningModule):
         """The batches of this epoch, numbered by the step that they are for, wherever a fit was resumed."""
         start = self.trainer.global_step
         data = Batches(self.batch, self.s.seed, start, min(self.s.epoch, max(1, self.s.steps - start)))
-        return torch.utils.data.DataLoader(data, batch_size=None)
+        return torch.utils.data.DataLoader(data, batch_size=None, num_workers=self.s.workers)
 
     def on_train_batch_start(self, batch: Any, k: int) -> None:
         """Chance is a function of (seed, step), so that a resumed training is the undisturbed one."""
@@ -118,21 +121,30 @@ class Part(L.LightningModule):
         fall = 1.0 if left >= 1 else 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * max(0.0, left)))
         return min(1.0, (step + 1) / max(1, self.s.warmup)) * fall
 
+    def pace(self, name: str) -> float:
+        """The factor of a weight's learning rate, by the weight's name."""
+        return 1.0
+
     def configure_optimizers(self) -> Any:
         """AdamW on all that is trained; no decay of norms and biases."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.01},
-                  {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+        kin: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, p in self.named_parameters():
+            if p.requires_grad:
+                kin.setdefault((self.pace(name), 0.01 if p.ndim > 1 else 0.0), []).append(p)
+        groups = [{"params": its, "lr": self.s.lr * pace, "weight_decay": decay} for (pace, decay), its in kin.items()]
         optimizer = torch.optim.AdamW(groups, lr=self.s.lr, betas=(0.9, 0.99), foreach=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Progress(Callback):
-    """After each epoch one line (step, seconds a step, the logged means), and the checkpoint `path`, whole or not."""
+    """After each epoch one line (step, samples a second, the logged means), and the checkpoint `path`, whole or not.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.began = path, 0.0
+    Under `minutes` it sets how many steps there will be, until the cool-down has begun.
+    """
+
+    def __init__(self, path: Path, s: Settings, end: float) -> None:
+        self.path, self.s, self.began, self.end = path, s, 0.0, end
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Start the clock."""
@@ -142,9 +154,13 @@ class Progress(Callback):
         """Write both; a resumed fit first ends the epoch that it was saved at."""
         if not self.began:
             return
-        a_step = (time.monotonic() - self.began) / max(1, trainer.global_step - self.first)
+        step = trainer.global_step
+        a_step = (time.monotonic() - self.began) / max(1, step - self.first)
         means = " ".join(f"{k} {float(v):.4f}" for k, v in trainer.callback_metrics.items())
-        log.info("step %d, %.2f s a step: %s", trainer.global_step, a_step, means)
+        log.info("step %d of %d, %.1f samples a second: %s", step, self.s.steps, self.s.batch / a_step, means)
+        if self.s.minutes:
+            self.s.steps = max(step, step + int((self.end - time.monotonic()) / a_step))
+            trainer.fit_loop.epoch_loop.max_steps = self.s.steps
         part = self.path.with_suffix(".part")
         trainer.save_checkpoint(part)
         part.replace(self.path)
@@ -157,6 +173,7 @@ def last(s: Settings, name: str) -> Path:
 
 def fit(part: type[Part], s: Settings, name: str) -> Path:
     """Train a part to its `steps`, from its last checkpoint if there is one; returns the checkpoint."""
+    end = time.monotonic() + 60 * s.minutes  # drawing included
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(s.threads or os.cpu_count() or 1)
     path = last(s, name)
@@ -166,7 +183,7 @@ def fit(part: type[Part], s: Settings, name: str) -> Path:
     trainer = L.Trainer(
         accelerator="auto", devices=1, precision="bf16-mixed", max_steps=s.steps, max_epochs=-1,
         reload_dataloaders_every_n_epochs=1, gradient_clip_val=1.0, num_sanity_val_steps=0,
-        callbacks=[EMAWeightAveraging(decay=s.decay), Progress(path)], enable_checkpointing=False,
+        callbacks=[EMAWeightAveraging(decay=s.decay), Progress(path, s, end)], enable_checkpointing=False,
         logger=CSVLogger(path.parent, name="log", version=""), log_every_n_steps=s.epoch,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip

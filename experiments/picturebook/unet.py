@@ -20,9 +20,10 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from experiments.picturebook import adapter, autoencoder, clip
+from experiments.picturebook import adapter, autoencoder, clip, text
 from experiments.picturebook.data import SIZE, Album, pixels
 from experiments.picturebook.training import Part, Settings, as_told, fit, frozen, last, settings, weights
+from masafusion_lab.picturebook.captions import WORDINGS
 
 log = logging.getLogger(__name__)
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
@@ -35,8 +36,9 @@ class Unet(Settings):
     """coarse: the inner levels alone; more: start from the shipped weights.
 
     snr: of the truncated weighting of steps (weights of cells by what they show would bias what is sampled);
-    drop: the part of the prompts that is left out; hints: the part of the batches that an adapter guides; compiled: the
-    transformer blocks, which saves a sixth of the time and needs a C++ compiler.
+    drop: the part of the prompts that is left out; hints: the part of the batches that an adapter guides; pace: the
+    factor of the text encoder's learning rate, 0 to leave it as it is; bind: the weight of its reader's loss; compiled:
+    the transformer blocks, which saves a sixth of the time and needs a C++ compiler.
     """
 
     steps: int = 16_500
@@ -50,6 +52,8 @@ class Unet(Settings):
     snr: float = 5.0
     drop: float = 0.1
     hints: float = 0.25
+    pace: float = 0.3
+    bind: float = 0.1
     coarse: bool = False
     more: bool = False
     compiled: bool = False
@@ -119,10 +123,11 @@ class Training(Part):
 
     def __init__(self, s: Unet) -> None:
         super().__init__(s)
-        words, self.text = clip.words(s), clip.trained(s).text_model
-        self.empty = words("", padding="max_length", return_tensors="np").input_ids[0]
-        self.ids, vae = clip.tokens(words, s.album()), autoencoder.trained(s)
-        self.latents = latents(vae, s.album(size=s.size))
+        self.text = text.trained(s).requires_grad_(s.pace > 0)
+        self.reader = text.reader(s)
+        self.empty = clip.words(s)("", padding="max_length", return_tensors="np").input_ids[0]
+        self.captions = text.Captions(s)
+        self.latents = latents(autoencoder.trained(s), s.album(size=s.size))
         self.drawn = {} if s.coarse else {kind: s.album(kind).pictures for kind in adapter.CHANNELS}
         self.register_buffer("abar", DDIMScheduler(**SCHEDULER).alphas_cumprod, persistent=False)
         self.unet = build(s, self.text.config.hidden_size)
@@ -136,37 +141,44 @@ class Training(Part):
                 grow(self.unet, weights(s, "unet_coarse", "unet"))
         speed_up(self.unet, s)
 
+    def pace(self, name: str) -> float:
+        """The text encoder follows slowly."""
+        return self.s.pace if name.startswith("text.") else 1.0  # type: ignore[attr-defined]
+
     def batch(self, g: np.random.Generator) -> tuple[Any, ...]:
-        """Latents (B, 4, h, w), noise alike, timesteps (B), ids (B, n) of a wording, of "" where dropped, and a
-        hint {kind: (B, 1 or 3, SIZE, SIZE) in [0, 1]} or none."""
+        """Latents (B, 4, h, w), noise alike, timesteps (B), captions (ids, backgrounds, answers) in one wording each,
+        which are dropped (B), and a hint {kind: (B, 1 or 3, SIZE, SIZE) in [0, 1]} or none."""
         s: Any = self.s
-        which = np.sort(g.integers(len(self.ids), size=s.batch))
+        which = np.sort(g.integers(len(self.latents), size=s.batch))
         x0 = torch.from_numpy(self.latents[which]).float()
-        ids = self.ids[which, g.integers(self.ids.shape[1], size=s.batch)]
-        ids[g.random(s.batch) < s.drop] = self.empty
+        captions = self.captions(which, g.integers(WORDINGS, size=s.batch))
+        dropped = torch.from_numpy(g.random(s.batch) < s.drop)
         noise = torch.from_numpy(g.standard_normal(x0.shape, np.float32))
         hint = {}
         if self.drawn and g.random() < s.hints:
             kind = str(g.choice(list(self.drawn), p=[0.6, 0.2, 0.2]))
             lines = self.drawn[kind][which]
             hint[kind] = pixels(lines if lines.ndim == 4 else lines[..., None])
-        return x0, noise, timesteps(g, s.batch), torch.from_numpy(ids), hint
+        return x0, noise, timesteps(g, s.batch), captions, dropped, hint
 
     def training_step(self, batch: tuple[Any, ...], k: int) -> Tensor:
         """The loss."""
-        x0, noise, t, ids, hint = batch
+        x0, noise, t, (ids, *answers), dropped, hint = batch
+        s: Any = self.s
         abar = self.abar[t].view(-1, 1, 1, 1)
         x, v = abar.sqrt() * x0 + (1 - abar).sqrt() * noise, abar.sqrt() * noise - (1 - abar).sqrt() * x0  # (1)
-        with torch.no_grad():
-            text = self.text(ids).last_hidden_state
+        tokens = self.text(ids).last_hidden_state
+        read, right = self.reader.loss(tokens, *answers)
+        empty = self.text(torch.from_numpy(self.empty[None]).to(ids.device)).last_hidden_state
+        tokens = torch.where(dropped.view(-1, 1, 1), empty, tokens)
         features = [f for kind, lines in hint.items() for f in self.adapters[kind](lines)] or None
-        out = self.unet(x, t, text, down_intrablock_additional_residuals=features).sample.float()
+        out = self.unet(x, t, tokens, down_intrablock_additional_residuals=features).sample.float()
         error = (out - v).square().mean((1, 2, 3))
         snr = self.abar[t] / (1 - self.abar[t])
-        loss = (error * ((self.s.snr + 1) / (snr + 1)).clamp(max=1)).mean()  # type: ignore[attr-defined]
-        self.log_dict({"loss": loss.detach(), "mse": error.detach().mean()}, on_step=False, on_epoch=True,
-                      batch_size=len(x))  # fmt: skip
-        return loss
+        loss = (error * ((s.snr + 1) / (snr + 1)).clamp(max=1)).mean()
+        self.log_dict({"loss": loss.detach(), "mse": error.detach().mean(), "read": read.detach(), **right},
+                      on_step=False, on_epoch=True, batch_size=len(x))  # fmt: skip
+        return loss + s.bind * read
 
 
 def trained(s: Settings) -> UNet2DConditionModel:

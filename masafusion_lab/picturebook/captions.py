@@ -42,6 +42,13 @@ def where(t: Thing) -> str:
     return "left" if t.x < 0.42 else "right" if t.x > 0.58 else "middle"
 
 
+def told_sides(scene: Scene, wording: int) -> list[str]:
+    """Where each thing is, if a caption of this wording says it; else nothing."""
+    sides = [where(t) for t in scene.things]
+    clear = len(sides) == 1 or sorted(sides) == ["left", "right"]
+    return sides if clear and wording % WORDINGS == 3 else []
+
+
 def caption(scene: Scene, wording: int = 0) -> str:
     """The scene in one of WORDINGS wordings (taken modulo); at most 24 words.
 
@@ -51,13 +58,9 @@ def caption(scene: Scene, wording: int = 0) -> str:
     wording %= WORDINGS
     things = scene.things
     place = (OVER if all(t.airborne for t in things) else PLACE)[scene.background]
-    if wording == 3:
-        sides = [where(t) for t in things]
-        if len(things) == 1:
-            return f"{name(things[0])} {'in' if sides[0] == 'middle' else 'on'} the {sides[0]} {place}"
-        if sorted(sides) == ["left", "right"]:
-            return f"{name(things[0])} on the {sides[0]} and {name(things[1])} on the {sides[1]} {place}"
-        wording = 0
+    if sides := told_sides(scene, wording):
+        ways = {"left": "on the left", "right": "on the right", "middle": "in the middle"}
+        return f"{' and '.join(f'{name(t)} {ways[side]}' for t, side in zip(things, sides, strict=True))} {place}"
     names = [name(t, wording) for t in things]
     if wording == 1:
         link = " next to " if len(things) == 2 and not any(t.airborne for t in things) else " and "
