@@ -23,6 +23,7 @@ from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lockstep import NotFinite
 from masafusion_lab.methods import Method
 from masafusion_lab.model import StableDiffusion
+from masafusion_lab.once import Ask, call
 from masafusion_lab.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def nobody(batch: Sequence[Item]) -> Sequence[Tap]:
 class Editor(LightningModule):
     """Edits batches of items with one method; of every case the image that it gives alone.
 
-    `watch` gives the taps of a batch; it is asked anew when the batch is edited again, or in parts.
+    `watch` gives the taps of a batch; it is asked anew when the batch is edited again, or in parts. `ask`: see `Once`.
     """
 
     def __init__(
@@ -95,10 +96,11 @@ class Editor(LightningModule):
         seed: int = 0,
         watch: Callable[[Sequence[Item]], Sequence[Tap]] = nobody,
         track: Track = silent,
+        ask: Ask = call,
     ) -> None:
         super().__init__()
         self.model, self.method, self.schedule = model, method, schedule
-        self.seed, self.watch, self.track = seed, watch, track
+        self.seed, self.watch, self.track, self.ask = seed, watch, track, ask
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leave items where they are: what an edit needs of them is moved when it is used."""
@@ -173,16 +175,14 @@ class Editor(LightningModule):
 
     def ready(self, batch: Sequence[Item]) -> tuple[Given, Inversion, Tensor]:
         """What the method is called with for a batch, on the device: what is given, the record, and noise."""
-        device, record = self.model.device, Inversion.stack([item.record for item in batch])
-        null = None if record.null is None else record.null.to(device)
-        states, pixels = record.states.to(device), torch.stack([item.pixels for item in batch]).to(device)
+        device = self.model.device
+        record, pixels = self.ask(placed, batch, device)
 
         def noise(purpose: str) -> Tensor:
-            of_each = [noise_for(self.seed, item.id, states.shape[2:], purpose) for item in batch]
+            of_each = [noise_for(self.seed, item.id, record.states.shape[2:], purpose) for item in batch]
             return torch.stack(of_each).to(device)
 
-        given = replace(self.given(batch, null), pixels=pixels, noise=noise)
-        return given, Inversion(states, null), noise("x")
+        return replace(self.given(batch, record.null), pixels=pixels, noise=noise), record, noise("x")
 
     def given(self, batch: Sequence[Item], null: Tensor | None) -> Given:
         """Prompts, mask, hint and null embeddings of a batch; the features of several kinds of hint are added."""
@@ -190,16 +190,31 @@ class Editor(LightningModule):
         told = {"source": [item.source for item in batch], "target": [item.target for item in batch]}
         if self.method.needs.instruction:
             told["instruction"] = [followed(model, self.method, item.instruction) for item in batch]
-        *of_each, empty = model.embed([*chain.from_iterable(told.values()), ""]).split([*map(len, told.values()), 1])
+        texts = [*chain.from_iterable(told.values()), ""]
+        *of_each, empty = self.ask(model.embed, texts).split([*map(len, told.values()), 1])
         masks = [item.mask for item in batch if item.mask is not None]
-        features = [model.hint(kind, torch.stack([item.hints[kind] for item in batch])) for kind in batch[0].hints]
+        hints = {kind: torch.stack([item.hints[kind] for item in batch]) for kind in batch[0].hints}
         return Given(
             {**dict(zip(told, of_each, strict=True)), "empty": empty.expand(len(batch), -1, -1)},
             mask=torch.stack(masks).to(model.device) if masks else None,
-            hint=tuple(map(sum, zip(*features, strict=True))) if features else None,  # type: ignore[arg-type]
+            hint=self.ask(features, model, hints) if hints else None,
             null=null,
             texts={"source": [item.source for item in batch], "target": [item.target for item in batch]},
         )
+
+
+def placed(batch: Sequence[Item], device: torch.device) -> tuple[Inversion, Tensor]:
+    """The records of a batch as one, and its pixels (B, 3, H, W), on a device."""
+    record = Inversion.stack([item.record for item in batch])
+    null = None if record.null is None else record.null.to(device)
+    pixels = torch.stack([item.pixels for item in batch]).to(device)
+    return Inversion(record.states.to(device), null), pixels
+
+
+def features(model: StableDiffusion, hints: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The features of hints (B, 1 or 3, H, W) by kind, one (B, c, h, w) a level; those of several kinds are added."""
+    of_each = [model.hint(kind, pictures) for kind, pictures in hints.items()]
+    return tuple(map(sum, zip(*of_each, strict=True)))  # type: ignore[arg-type]
 
 
 def followed(model: StableDiffusion, method: Method, instruction: str) -> str:

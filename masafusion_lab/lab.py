@@ -21,6 +21,7 @@ from masafusion_lab.inversion import Direct, NoInversion, Track, silent
 from masafusion_lab.methods import METHODS, Method
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
+from masafusion_lab.once import Ask, call
 from masafusion_lab.region import USUAL, Region
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.store import Store
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Lab:
-    """What the phases of one experiment share. `trainer`: keys of lightning's Trainer."""
+    """What the phases of one experiment share. `trainer`: keys of lightning's Trainer; `ask`: see `Once`."""
 
     model: StableDiffusion
     schedule: Schedule
@@ -42,6 +43,7 @@ class Lab:
     batch: int = 1
     trainer: Mapping[str, Any] = field(default_factory=dict)
     track: Track = silent
+    ask: Ask = call
     size: str = ""
     dilate: int = 0
     region: Region = USUAL
@@ -51,7 +53,8 @@ class Lab:
     def prepare(self, case: Case) -> Prepared:
         """The tensors of a case, at the size that this model works at."""
         m = self.model
-        return prepare(
+        return self.ask(
+            prepare,
             case,
             factor=m.factor,
             multiple=m.multiple,
@@ -68,7 +71,9 @@ def chosen(experiment: config.Experiment) -> tuple[Any, Any]:
     return getattr(inversion, "resolved", inversion) if method.needs.inversion else NoInversion(), method
 
 
-def build(experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None) -> Lab:
+def build(
+    experiment: config.Experiment, *, track: Track = silent, model: StableDiffusion | None = None, ask: Ask = call
+) -> Lab:
     """The lab of an experiment, its settings checked before the model is loaded and against it. Raises InputError.
 
     `model`: the one that it names, where that is loaded already.
@@ -100,6 +105,7 @@ def build(experiment: config.Experiment, *, track: Track = silent, model: Stable
         experiment.batch,
         experiment.trainer,
         track,
+        ask,
         experiment.size,
         experiment.dilate,
         experiment.region,

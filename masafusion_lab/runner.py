@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +26,7 @@ from masafusion_lab.given import Given
 from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.lockstep import Course, State
+from masafusion_lab.once import Ask, Once
 from masafusion_lab.runs import (
     begin_case,
     finish_case,
@@ -78,6 +78,7 @@ class Runner:
 
     def __init__(self, survey: Survey, lab: Lab, *, rows: int | None = None, track: Track = silent) -> None:
         self.survey, self.lab, self.rows, self.track = survey, lab, rows, track
+        self.ask: Ask = Once()
         self.layers = sum(not site.cross for site in lab.model.sites)
         self.lost: list[tuple[str, Exception]] = []
         """Points that failed, and why."""
@@ -88,6 +89,7 @@ class Runner:
         What was cut short goes on with the same points, and so ends in the same bytes. Raises InputError for what would
         fail every other point too, such as a full disk.
         """
+        self.ask = Once()  # of this case alone, or memory would fill
         works = self.works(case, points)
         left = [work for work in works if not work.is_settled]
         if not works:
@@ -114,26 +116,25 @@ class Runner:
             folder = self.survey.place(case, point)
             with hushed() if n else nullcontext():
                 try:
-                    lab = build(point.experiment, model=self.lab.model)
+                    lab = replace(build(point.experiment, model=self.lab.model, ask=self.ask), store=self.lab.store)
                     found.append(Work(point, lab, phases.job(lab, case, folder)))
                 except InputError as error:
                     self.fail(point, folder, "", error)
         return found
 
     def ready(self, works: Sequence[Work]) -> list[Work]:
-        """The points inverted, and what their methods are called with put together, once for those that share it."""
-        calls: dict[Any, Any] = {}
+        """The points inverted, and what their methods are called with put together; `ask` shares what they share."""
+        inverted: set[str] = set()
         found = []
         for work in works:
             lab, job = work.lab, work.job
-            kin = job.record, lab.size, lab.dilate, lab.region, lab.seed
             try:
-                if kin not in calls:
+                if job.record not in inverted:
                     with hushed():
                         list(phases.invert(replace(lab, track=self.track), [job.case]))
-                        item = phases.Batches(lab, [job]).item(job)
-                    calls[kin] = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed).ready([item])
-                work.call = calls[kin]
+                    inverted.add(job.record)
+                item = phases.Batches(lab, [job]).item(job)
+                work.call = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, ask=self.ask).ready([item])
                 course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
                 course.check(steps=len(lab.schedule), layers=self.layers)
                 work.course = course if is_shareable(course) else None
