@@ -29,7 +29,7 @@ from experiments.commandline import at_least, in_one_line, show
 from masafusion_lab import InputError, config, launch, phases, survey
 from masafusion_lab.axes import Launch
 from masafusion_lab.data.picturebook import cases
-from masafusion_lab.forecast import count, speed
+from masafusion_lab.forecast import count, usual_rows
 from masafusion_lab.progress import bar
 from masafusion_lab.request import cases_of, read
 from masafusion_lab.runner import Runner
@@ -50,7 +50,7 @@ def rows(experiment: config.Experiment, runner_of: Any) -> tuple[int, int, int]:
     runner, case, points = runner_of(experiment)
     works = runner.ready(runner.works(case, points))
     given = experiment.sweep.rows
-    runner.rows = speed(runner, works[0])[0] if given == "auto" else int(given)
+    runner.rows = usual_rows(runner, works[0]) if given == "auto" else int(given)
     return count(runner, works), sum(count(runner, [work]) for work in works), runner.rows
 
 

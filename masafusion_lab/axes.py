@@ -28,7 +28,7 @@ class Sweep:
     most: int = 10000
     """Points that are not refused."""
     rows: str = "auto"
-    """Rows of the UNet at once; auto: as many as this machine computes fastest, measured, within its memory."""
+    """Rows of the UNet at once; auto: 16 on a CPU, else 64, or as many as a quarter of the machine's memory holds."""
     retry: bool = False
     """Whether points that failed before are tried again."""
     objective: str = ""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import torch
+from torch import Tensor
 
 from masafusion_lab import InputError, config
-from masafusion_lab.callbacks import peak_memory_gb
 from masafusion_lab.data.case import Case
-from masafusion_lab.editor import Clock, out_of_memory
+from masafusion_lab.editor import Clock
+from masafusion_lab.memory import held, total
 from masafusion_lab.runner import Runner, Work, heeded
 from masafusion_lab.runs import read_json, write_json
 from masafusion_lab.survey import Point, Survey
@@ -22,8 +22,8 @@ from masafusion_lab.survey import Point, Survey
 log = logging.getLogger(__name__)
 
 
-LEAST = 16
-"""Rows at once that are worth while: in calls of fewer, rows that others read are computed too often."""
+MOST = {"cpu": 16, "": 64}
+"""Rows at once by kind of device: a CPU gains nothing by more; in fewer, rows that others read are computed again."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def forecast(survey: Survey, runner: Runner, rows: str) -> Forecast:
         said = [f"{name}: {error}" for name, error in runner.lost[:8]]
         raise InputError("\n  ".join([f"{len(runner.lost)} points cannot be run on case {case.id!r}:", *said]))
     proofs = tuple(alive(survey, runner, case))
-    runner.rows, a_row = speed(runner, chunks[0][0], None if rows == "auto" else int(rows))
+    runner.rows = usual_rows(runner, chunks[0][0]) if rows == "auto" else int(rows)
+    a_row = speed(runner, chunks[0][0])
     alone = shared = 0
     for works in chunks:
         each = [count(runner, [work]) for work in works]
@@ -150,53 +151,33 @@ def _parting(a: Work, b: Work) -> tuple[int, float] | None:
     return (one.i, difference) if difference else None
 
 
-def speed(runner: Runner, work: Work, rows: int | None = None) -> tuple[int, float]:
-    """Rows at once of a point's size, and the seconds that each takes; if not given, those at which one is fastest.
+def usual_rows(runner: Runner, work: Work) -> int:
+    """Rows at once: a power of two, whose calls hold a quarter of the device's memory at most.
 
-    That is looked for from LEAST rows upwards, as far as a call takes no more than half of the memory that is free.
+    So a run that was cut short, or is made again beside others, computes the same rows together, to the same bits.
     """
-    if rows:
-        return rows, _timed(runner, work, rows)[0] / rows
-    taken, held = _timed(runner, work, 2)
-    tried = [LEAST * 2**k for k in range(5)]
-    fit = free(runner.lab.model.device) / max(held, 1e-6)  # two rows held so much, and half of it is for them
-    fit = int(min(max(1, fit), tried[-1]))
-    best = min(LEAST, 2 ** (fit.bit_length() - 1)), taken / 2
-    for n in tried:
-        if n > fit:
-            break
-        try:
-            a_row = _timed(runner, work, n)[0] / n
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            return (best[0] // 2 if n == LEAST else best[0]), best[1]
-        if n > LEAST and a_row > 0.97 * best[1]:
-            break
-        best = n, a_row
-    return best
+    device = runner.lab.model.device
+    a_row = held(_call(runner, work, 1))
+    fit = min(MOST.get(device.type, MOST[""]), total(device) / 4 / a_row)
+    return 1 << max(int(fit), 1).bit_length() - 1
 
 
-def _timed(runner: Runner, work: Work, n: int) -> tuple[float, float]:
-    """Seconds that a UNet call of n rows takes, the better of two, and the GiB that it held."""
-    assert work.call is not None
-    model, schedule = runner.lab.model, work.lab.schedule
-    x = work.call[-1].expand(n, -1, -1, -1)
-    text, before, seconds = model.embed([""]).expand(n, -1, -1), peak_memory_gb() or 0.0, []
+def speed(runner: Runner, work: Work) -> float:
+    """Seconds that a row takes, of the runner's rows at once: the better of two calls."""
+    assert runner.rows
+    call, seconds = _call(runner, work, runner.rows), []
     for _ in range(2):
-        clock = Clock(model.device)
+        clock = Clock(runner.lab.model.device)
         with torch.no_grad():
-            model.eps(x, 0, schedule, text)
+            call()
         clock.lap("call")
         seconds.append(clock.seconds["call"])
-    return min(seconds), max(0.0, (peak_memory_gb() or 0.0) - before)
+    return min(seconds) / runner.rows
 
 
-def free(device: torch.device) -> float:
-    """GiB of memory that are free where the model is run; infinite where it cannot be known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**30
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+def _call(runner: Runner, work: Work, n: int) -> Callable[[], Tensor]:
+    """A UNet call of n rows of a point's size."""
+    assert work.call is not None
+    model, schedule = runner.lab.model, work.lab.schedule
+    x, text = work.call[-1].expand(n, -1, -1, -1), model.embed([""]).expand(n, -1, -1)
+    return lambda: model.eps(x, 0, schedule, text)

@@ -1,6 +1,7 @@
 """Sweeps: every point ends as an edit of its own, what is done stays done, what fails stands on record."""
 
 import json
+import random
 import shutil
 import sys
 import time
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from masafusion_lab import InputError, cli, config, phases, runner, survey, surveypage, tracking
+from masafusion_lab import InputError, cli, config, forecast, phases, runner, survey, surveypage, tracking
 from masafusion_lab.forecast import Forecast
+from masafusion_lab.memory import held
 from masafusion_lab.protocol import PROTOCOLS
 from masafusion_lab.request import cases_of
 from masafusion_lab.runs import read_json
@@ -134,11 +136,28 @@ def test_axes_of_a_list_between_whose_points_nothing_can_be_are_not_called_dead(
     assert [proof.axis for proof in planned.proofs] == ["steps"]
 
 
-def test_memory_that_cannot_be_known_is_enough(run, monkeypatch):
-    from masafusion_lab import forecast
+@pytest.mark.parametrize(
+    ("of_a_row", "rows"), [(0, forecast.MOST["cpu"]), (1 / 4, 1), (1 / 16, 4), (1 / 20, 4), (2, 1)]
+)
+def test_rows_at_once_follow_from_the_machine_and_not_from_how_busy_it_is(run, monkeypatch, of_a_row, rows):
+    memory = iter([float("inf") if not of_a_row else 1000.0])
+    monkeypatch.setattr(forecast, "total", lambda device: next(memory))
+    monkeypatch.setattr(forecast, "held", lambda call: of_a_row * 1000 or 1)
+    monkeypatch.setattr(forecast, "speed", lambda *_: random.random())
+    assert run("axes.seed=0,1", "sweep.rows=auto")[1].rows == rows
 
-    monkeypatch.setattr(forecast, "free", lambda device: float("inf"))
-    assert run("axes.seed=0,1", "sweep.rows=auto")[1].rows >= forecast.LEAST
+
+def test_a_call_holds_twice_as_much_for_twice_the_rows_whatever_was_held_before(model):
+    def call(n):
+        text = model.embed([""]).expand(n, -1, -1)
+        return lambda: model.eps(torch.zeros(n, 4, 8, 8), 0, model.schedule(3), text)
+
+    one = held(call(1))
+    ballast = torch.zeros(10**7)
+    assert held(call(2)) == pytest.approx(2 * one, rel=0.02)
+    assert held(call(1)) == one > 3 * 4 * 4 * 8 * 8
+    assert held(lambda: ballast.view(-1)[:2]) == 0
+    assert held(lambda: [torch.zeros(1000) for _ in range(3)]) == 12000
 
 
 def test_what_is_done_is_not_done_again(run, tmp_path):
@@ -262,9 +281,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return eps(x, *args, **options)
 
-    from masafusion_lab import forecast
-
-    monkeypatch.setattr(forecast, "speed", lambda *_: (8, 0.1))
+    monkeypatch.setattr(forecast, "speed", lambda *_: 0.1)
     monkeypatch.setattr(forecast, "alive", lambda *args: [])
     monkeypatch.setattr(run.lab.model, "eps", small)
     found, _ = run(WINDOWS, out="small")
