@@ -23,10 +23,12 @@ from masafusion_lab.editor import Clock, Editor, Item, followed, out_of_memory, 
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi, Track
 from masafusion_lab.lab import Lab, build, facts, record_facts, settings, sha256
 from masafusion_lab.lockstep import check
+from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
 from masafusion_lab.runs import case_folder, is_done
 from masafusion_lab.sites import self_layers
 from masafusion_lab.trainer import make, undisturbed
+from masafusion_lab.words import ids
 
 __all__ = ["INVERSIONS", "Lab", "build", "edit", "invert"]
 
@@ -196,6 +198,8 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
         given = lab.method.prepare(model, given, lab.schedule)
         said = given.prompts.keys() - {name for name, text in told.items() if not text}
         plan = lab.method.plan(model.sites, len(lab.schedule))
+        if not given.hint and any(branch.prompt == "target" for branch in plan.branches.values()):
+            told_apart(model, case)
         latents = {branch.x for branch in plan.branches.values()}
         layers = self_layers(model.sites)
         check(plan, given, steps=len(lab.schedule), layers=layers, latents=latents, prompts=said)
@@ -219,6 +223,17 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
     }
     kin = (width, height, *sorted(prepared.hints), prepared.mask is None)
     return Job(case, folder, lab.store.key(depends), lab.store.key(record), kin, prepared.original, place)
+
+
+def told_apart(model: StableDiffusion, case: Case) -> None:
+    """Raise InputError for prompts whose difference the text encoder does not read; warn of equal ones."""
+    if case.source == case.target:
+        log.warning("%s: source and target are the same prompt; no words say what to edit", case.id)
+    elif ids(model.tokenizer, case.source, model.length) == ids(model.tokenizer, case.target, model.length):
+        raise InputError(
+            f"source and target are the same in the {model.length - 2} tokens that the text encoder reads, so nothing "
+            "would be edited; shorten the prompts, or put what changes first"
+        )
 
 
 def edit(
@@ -291,6 +306,7 @@ class Batches:
 
     def item(self, job: Job) -> Item:
         """What the edit of a case reads. Raises InputError if its record was deleted in the meantime."""
-        if (record := self.lab.store.get(job.record)) is None:
+        ask = self.lab.ask
+        if (record := ask(self.lab.store.get, job.record)) is None:
             raise InputError(f"{job.case.id}: its inversion has gone from the store in the meantime; run again")
-        return as_item(job.case, self.lab.prepare(job.case), record)
+        return ask(as_item, job.case, self.lab.prepare(job.case), record)

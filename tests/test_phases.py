@@ -278,3 +278,26 @@ def test_a_picture_of_which_nothing_is_said_is_told(lab, tmp_path, caplog):
         caplog.clear()
         phases.job(lab, case(source=source), tmp_path)
         assert ("cat: is kept under an empty prompt" in caplog.text) == told
+
+
+LONG = "a cat on grass and " * 8
+"""More words than the tiny model's encoder reads."""
+
+
+@pytest.mark.parametrize("name", ["plain", "prompt_to_prompt", "embctrl", "plug_and_play", "sdedit"])
+def test_prompts_that_differ_only_in_what_is_not_read_edit_nothing_and_are_refused(tiny_root, store, tmp_path, name):
+    words = [f"method.name={name}"]
+    long = case(source=f"{LONG}running", target=f"{LONG}standing", hints={})
+    with pytest.raises(InputError, match="cat: source and target are the same in the 22 tokens .* put what changes first"):
+        phases.edit(make_lab(tiny_root, store, *words), [long], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_prompts_are_told_and_a_sketch_may_be_all_that_edits(tiny_root, store, tmp_path, caplog):
+    plain = make_lab(tiny_root, store, "method.name=plain")
+    phases.job(plain, case(target="a cat on grass", hints={}), tmp_path)
+    assert "no words say what to edit" in caplog.text
+    caplog.clear()
+    phases.job(make_lab(tiny_root, store), case(source=f"{LONG}running", target=f"{LONG}standing"), tmp_path)
+    phases.job(make_lab(tiny_root, store), case(target="a cat on grass"), tmp_path)
+    assert "no words say" not in caplog.text
