@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from masafusion_lab.picturebook.edits import edit
+from masafusion_lab.request import EXAMPLE
 from masafusion_lab.runs import write_picture, write_text
 
 INDEX = 23  # of the test split: a purple horse in the snow stops running
@@ -26,7 +27,7 @@ instruction: {instruction}
 def main(argv: list[str] | None = None) -> None:
     """Write horse.png, mask.png, sketch.png and example.yaml."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("examples"), help="where to (default: examples)")
+    parser.add_argument("folder", type=Path, nargs="?", default=EXAMPLE.parent, help="where to (default: the package)")
     folder, example = parser.parse_args(argv).folder, edit("test", INDEX, "pose")
     write_picture(folder / "horse.png", Image.fromarray(example.source_picture))
     write_picture(folder / "mask.png", Image.fromarray(example.loose.astype(np.uint8) * 255))

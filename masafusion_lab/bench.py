@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -17,20 +16,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from masafusion_lab import InputError, config, interrupt, phases, protocol
+from masafusion_lab import InputError, config, interrupt, phases, protocol, request
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
-from masafusion_lab.protocol import QUICK, Protocol
+from masafusion_lab.protocol import Protocol
 from masafusion_lab.runs import begin_case, case_folder, is_done, read_json, write_json
 from masafusion_lab.scoring import Scorer
 
 log = logging.getLogger(__name__)
 
-OUT = "runs/bench"
-"""Folder of a benchmark that names none: always the same, so that the same command goes on."""
 RESULTS = ("target_original_size.png", "target.png")
 """What the next turn starts from: the result at the size that the picture had."""
 
@@ -101,35 +98,18 @@ class Benchmark:
 
 def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tuple[config.Experiment, Benchmark]:
     """The experiment of a call and its benchmark. Raises InputError with all that is wrong, before a model is read."""
-    files, words = list(files), list(words)
-    base = config.load(files, words)
-    if quick:
-        words += [f"bench.{key}={value}" for key, value in QUICK.items()]
-        base = config.load(files, [*words, f"out={base.out or OUT}-quick"])
-    if not base.bench.rows:
-        raise InputError("bench.rows: missing; take --config configs/table1_picturebook.yaml, or name rows in a file")
-    if strange := set(base.bench.only) - set(base.bench.rows):
-        raise InputError(f"bench.only: {strange.pop()!r} is no row; they are {', '.join(base.bench.rows)}")
-    if strange := set(base.bench.encoders) - set(protocol.NETWORKS):
-        raise InputError(f"bench.encoders.{strange.pop()}: must be one of {', '.join(protocol.NETWORKS)}")
-    chosen = {name: text for name, text in base.bench.rows.items() if name in (base.bench.only or base.bench.rows)}
-    rows, problems = {}, []
-    for name, text in chosen.items():
-        try:
-            its = shlex.split(text)
-            if whole := [word for word in its if word.startswith(("bench.", "out=", "pidinet="))]:
-                raise InputError(f"{whole[0]}: holds for all rows; write it beside bench.rows, not in one")
-            rows[name] = config.load(files, [*words, *its])
-        except (InputError, ValueError) as error:
-            problems.append(f"row {name!r}: {error}")
-    if problems:
-        raise InputError("\n  ".join([f"{len(problems)} of {len(chosen)} rows cannot be used:", *problems]))
-    folder = Path(base.out or OUT)
+    return of(*request.benchmark(files, words, quick))
+
+
+def of(base: config.Experiment, rows: Mapping[str, config.Experiment]) -> tuple[config.Experiment, Benchmark]:
+    """The experiment with its folder, and its benchmark. Raises InputError for cases that cannot be used."""
+    folder = Path(base.out)
     turns = ("single", "multi") if base.bench.turns == "both" else (base.bench.turns,)
-    found = sets.cases(base.bench, folder, Path(base.pidinet) if base.pidinet else None)
+    usual = {key: getattr(base, key) for key in config.PROMPTS}
+    found = sets.cases(base.bench, folder, Path(base.pidinet) if base.pidinet else None, usual)
     if turns == ("multi",) and not any(case.session for case in found):
         raise InputError("bench.turns=multi: there are no sessions; raise bench.sessions, or take bench.turns=single")
-    return replace(base, out=str(folder)), Benchmark(folder, rows, found, turns, protocol.of(base.bench))
+    return base, Benchmark(folder, rows, found, turns, protocol.of(base.bench))
 
 
 def edit(

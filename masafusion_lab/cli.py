@@ -17,7 +17,7 @@ import rich
 import typer
 from rich.text import Text
 
-from masafusion_lab import InputError, config, interrupt, upkeep
+from masafusion_lab import InputError, config, interrupt, request, upkeep
 from masafusion_lab.manual import WithKeys, complete
 from masafusion_lab.progress import Spoken, Voice, bar, console
 from masafusion_lab.recorded import recorded
@@ -149,15 +149,16 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
 @app.command(cls=WithKeys)
 def sweep(words: Words = None, files: Files = None, print_config: Printed = False) -> None:
     """Make an edit at many points (axes.KEY=VALUES), computing once what they have in common; say which is best."""
-    experiment = read(words or (), files or ())
+    from masafusion_lab import survey
+
+    experiment = read(words or (), files or (), needs=survey.problems)
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
-    from masafusion_lab import phases, survey, tracking
+    from masafusion_lab import phases, tracking
     from masafusion_lab.sweep import sweep as run
 
     cases = cases_of(experiment)
-    survey.read(experiment, cases, Path())
     lab = phases.build(experiment, track=bar)
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         found = run(experiment, cases, folder, lab=lab, track=bar, loggers=loggers, told=lambda f: typer.echo(f.said))
@@ -179,11 +180,12 @@ def bench(
 
     Exit status 1 if an edit failed; the others are done.
     """
+    asked = request.benchmark(files or (), words or (), quick, writes=not status)
     from masafusion_lab import bench as benches
     from masafusion_lab import publish
     from masafusion_lab.launch import launch
 
-    experiment, benchmark = benches.read(files or (), words or (), quick)
+    experiment, benchmark = benches.of(*asked)
     if status:
         publish.print_progress(benchmark)
         return

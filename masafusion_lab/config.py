@@ -89,13 +89,14 @@ class Experiment:
     pidinet: str = ""
     """Weights table5_pidinet.pth, by which an auto sketch is drawn."""
     cases: str = ""
-    """Many in place of image: a folder, a manifest (.csv, .jsonl, .yaml), or picturebook:8, the world's test edits."""
+    """Many in place of image: a folder, a manifest (.csv, .jsonl, .yaml), or picturebook:8, the world's test edits.
+    Of a folder cat.txt is the source of cat.png; a case without a prompt has the one that is given here."""
     size: str = ""
     """Working size in pixels, 512 (short side) or 768x512; empty: the model's own."""
     dilate: int = 0
     """Latent cells by which the region grows."""
     steps: int = 50
-    """T, denoising steps."""
+    """T, denoising steps: 1 to 999, fewer than the timesteps that the model was trained on."""
     seed: int = 0
     """Of the Gaussian noise; with it the same case gives the same picture."""
     batch: int = 1
@@ -169,6 +170,12 @@ def load(
     return experiment
 
 
+def problems(error: InputError) -> list[str]:
+    """The problems that an error of `load` lists."""
+    first, *more = str(error).split("\n  ")
+    return more or [first]
+
+
 def to_yaml(experiment: Experiment) -> str:
     """The whole experiment as a file that `load` reads to the same one; without `force`, which is said each time."""
     values = _filled(experiment)
@@ -238,7 +245,7 @@ def _value(name: str, text: Text, known: Mapping[str, keys.Key]) -> Any:
     """The value that a text means for a key. Raises ValueError, in one line, for an unknown key or impossible value."""
     key = keys.find(name, known)
     if key is None:
-        raise ValueError(f"{name}: {_unknown(name, known)}")
+        raise ValueError(f"{name}: {keys.unknown(name, text, known)}")
     shown = f"{name}={short(text)}"
     text = ", ".join(text) if isinstance(text, list) and name.startswith("axes.") else text
     for each in [text] if isinstance(text, str) else text:
@@ -249,7 +256,7 @@ def _value(name: str, text: Text, known: Mapping[str, keys.Key]) -> Any:
     try:
         value = key.read(text)
     except ValueError as error:
-        near = keys.suggest(text, key.choices) if isinstance(text, str) else ""
+        near = keys.suggest(text, key.choices, 0.5) if isinstance(text, str) else ""
         raise ValueError(f"{shown}: {error}{near}") from None
     if name in PROMPTS:
         try:
@@ -259,19 +266,6 @@ def _value(name: str, text: Text, known: Mapping[str, keys.Key]) -> Any:
     return value
 
 
-def _unknown(name: str, known: Mapping[str, keys.Key]) -> str:
-    """What to say of a key that does not exist."""
-    table = name.partition(".")[0]
-    if table in keys.CHOSEN:
-        for choice in keys.classes(table):
-            if any(key.name == name for key in keys.tables()[f"{table}.name={choice}"]):
-                return f"is a key of {table}.name={choice}, which is not chosen"
-    if inside := [key for key in known if key.startswith(f"{name}.")]:
-        return f"is a table; give one of its keys, as {inside[0]}=…"
-    names = (f"trainer.{key}" for key in keys.trainer_keys()) if table == "trainer" else known
-    return f"unknown key{keys.suggest(name, names) or '; masafusion edit --help lists them'}"
-
-
 def _impossible(experiment: Experiment) -> Iterator[str]:
     """What is of the right type and yet cannot be."""
     e, i = experiment, experiment.inversion
@@ -279,14 +273,17 @@ def _impossible(experiment: Experiment) -> Iterator[str]:
     counts = {"dilate": e.dilate, "tracking.attention": e.tracking.attention, "bench.count": e.bench.count,
               "bench.sessions": e.bench.sessions, "launch.workers": e.launch.workers,
               "launch.cpus": e.launch.cpus, "inversion.inner_steps": i.get("inner_steps")}  # fmt: skip
+    precision = str(e.trainer.get("precision", "32-true"))
+    mixed = precision == "32-true" or not re.fullmatch(r"64|.*-true", precision)
     yield from e.region.problems()
     for key, value, right, allowed in (
-        ("steps", e.steps, 1 <= e.steps <= 1000, "1 to 1000"),
+        ("steps", e.steps, 1 <= e.steps <= 999, "1 to 999, fewer than the model was trained on"),
         ("batch", e.batch, e.batch >= 1, "at least 1"),
         ("launch.minutes", e.launch.minutes, e.launch.minutes >= 1, "at least 1"),
         *((key, n, n is None or n >= 0, "at least 0") for key, n in counts.items()),
         ("size", e.size, re.fullmatch(r"([1-9]\d*(x[1-9]\d*)?)?", e.size), "a side, 512, or both, 768x512"),
         ("model.device", e.model.device, device, devices),
+        ("trainer.precision", precision, mixed, "32-true or mixed, for latents are float32; else set model.dtype"),
         ("inversion.lr", i.get("lr"), i.get("lr") is None or i["lr"] > 0, "above 0"),
     ):
         if not right:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, make_dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+
+from masafusion_lab.sources import assigned, class_of, is_class, listed, where
 
 CHOSEN = {"inversion": ("masafusion_lab.phases", "INVERSIONS"), "method": ("masafusion_lab.methods", "METHODS")}
 """Tables whose keys depend on their `name`: the module and the dictionary in it of classes by name."""
+TRAINER = "lightning.pytorch.trainer.trainer"
+"""The module of Lightning's Trainer."""
 TYPES: dict[str, Any] = {t.__name__: t for t in (bool, dict, float, int, list, str, tuple)} | {
     "Any": Any,
     "Literal": Literal,
 }
-KINDS = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null", Any: "value"}
+KINDS = {int: "whole number", float: "number", bool: "true | false", str: "text", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,13 @@ class Key:
     @property
     def choices(self) -> tuple[str, ...]:
         """The values that it may have, where they can be listed."""
-        options = get_args(self.type) if _is_union(self.type) else (self.type,)
-        listed = [("true", "false") if option is bool else get_args(option) for option in options if _is_listed(option)]
-        return tuple(choice for choices in listed for choice in choices)
+        found = [("true", "false") if kind is bool else get_args(kind) for kind in self._options if _is_listed(kind)]
+        return tuple(str(choice) for choices in found for choice in choices)
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """The types that it may be of."""
+        return get_args(self.type) if _is_union(self.type) else (self.type,)
 
     def read(self, value: str | list[str]) -> Any:
         """The value that a text, or a list of texts, means. Raises ValueError saying what it must be."""
@@ -57,13 +65,16 @@ class Key:
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            if self.type is Any:
-                value = value if isinstance(value, str) else f"[{', '.join(value)}]"
-                return OmegaConf.to_object(OmegaConf.from_dotlist([f"v={value}"]))["v"]  # type: ignore[index, call-overload]
-            holder = OmegaConf.structured(_holder(self.type))
-            OmegaConf.update(holder, "v", value)
-            read = OmegaConf.to_object(holder).v  # type: ignore[union-attr]
-        except (OmegaConfBaseException, ValueError, RecursionError):
+            if len({*self._options} - {type(None)}) > 1:  # as many keys of Lightning's have
+                text = value if isinstance(value, str) else f"[{', '.join(value)}]"
+                plain = OmegaConf.to_object(OmegaConf.from_dotlist([f"v={text}"]))["v"]  # type: ignore[index, call-overload]
+                kinds = sorted(self._options, key=lambda kind: kind is str)  # which any text is
+                read = next(meant for kind in kinds for meant in _fitting(kind, plain, text))
+            else:
+                holder = OmegaConf.structured(_holder(self.type))
+                OmegaConf.update(holder, "v", value)
+                read = OmegaConf.to_object(holder).v  # type: ignore[union-attr]
+        except (OmegaConfBaseException, ValueError, RecursionError, StopIteration):
             raise ValueError(f"must be {self.kind}") from None
         if isinstance(read, float) and not math.isfinite(read):
             raise ValueError("must be a finite number")
@@ -74,6 +85,17 @@ class Key:
 def _holder(kind: Any) -> type:
     """A dataclass of one field `v` of that type, whose values OmegaConf checks."""
     return make_dataclass("Holder", [("v", kind)])
+
+
+def _fitting(kind: Any, value: Any, text: str) -> list[Any]:
+    """What a plain value, written so, means as a value of that type: one thing, or nothing."""
+    if get_origin(kind) is Literal:
+        return [choice for choice in get_args(kind) if str(choice) == text]
+    if get_origin(kind) is list:
+        fits = isinstance(value, list) and all(_fitting(get_args(kind)[0], each, str(each)) for each in value)
+    else:
+        fits = type(value) is kind or (kind is float and type(value) is int)
+    return [text] if kind is str else [value] if fits else []
 
 
 def _is_union(kind: Any) -> bool:
@@ -88,7 +110,7 @@ def _kind(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if _is_union(kind):
-        return " | ".join(map(_kind, get_args(kind)))
+        return " | ".join(dict.fromkeys(" | ".join(map(_kind, get_args(kind))).split(" | ")))
     if get_origin(kind) in (list, tuple):
         return f"[{', '.join('…' if part is ... else _kind(part) for part in get_args(kind))}]"
     return "table" if get_origin(kind) is dict else KINDS[kind]
@@ -129,19 +151,45 @@ def find(name: str, keys: Mapping[str, Key]) -> Key | None:
     """The key of that name, which may be an entry of a dictionary, model.adapter.sketch; None if there is none."""
     if name in keys and get_origin(keys[name].type) is not dict:
         return keys[name]
+    if name.startswith("trainer."):
+        return trainer_keys().get(name)
     for table, _, entry in (name.rpartition("."), name.partition(".")):  # axes.method.guidance is an entry of axes
-        if table in keys and entry and (table != "trainer" or entry in trainer_keys()):
+        if table in keys and entry:
             return Key(name, get_args(keys[table].type)[1], None, keys[table].doc)
     return None
 
 
-def suggest(name: str, names: Iterable[str]) -> str:
-    """; did you mean …? with the name most like it, by the whole or by what follows the last dot; or nothing."""
+def suggest(name: str, names: Iterable[str], like: float = 0.7) -> str:
+    """; did you mean …? with the name most like it, by the whole or by what follows the last dot; or nothing.
+
+    `like`: how alike they must be, 1 being equal.
+    """
     names = list(names)
     last = {full.rpartition(".")[2]: full for full in reversed(names)}
-    near = difflib.get_close_matches(name, names, 1, 0.7)
+    near = difflib.get_close_matches(name.lower(), names, 1, like)
     near = near or [last[end] for end in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.8)]
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def unknown(name: str, text: str | list[str], keys: Mapping[str, Key]) -> str:
+    """What to say of a key that is none of these, or of a table to which a text is given as if it were a key."""
+    if name in keys:
+        entry = re.search(r"\{\W*(\w+)\W*:\s*['\"]?([^\s,{}'\"]+)", text if isinstance(text, str) else "")
+        example = re.search(rf"{re.escape(name)}\.[^\s=]+=\S+\b", keys[name].doc)
+        said = f"{name}.{entry[1]}={entry[2]}" if entry else example[0] if example else f"{name}.…=…"
+        return f"is a table; give its entries one by one, as {said}"
+    if inside := [key for key in keys if key.startswith(f"{name}.")]:
+        return f"is a table; give one of its keys, as {inside[0]}=…"
+    for table in CHOSEN:
+        having = [
+            title.partition("=")[2]
+            for title, fields in tables().items()
+            if title.startswith(f"{table}.name=") and any(f"{name}.".startswith(f"{key.name}.") for key in fields)
+        ]
+        if having:
+            return f"is a key of {table}.name={' | '.join(having)}, not of the {table} that is chosen"
+    names = trainer_keys() if name.startswith("trainer.") else keys
+    return f"unknown key{suggest(name, names) or '; masafusion edit --help lists them'}"
 
 
 def complete(incomplete: str, before: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
@@ -159,12 +207,12 @@ def complete(incomplete: str, before: Iterable[str] = ()) -> Iterator[tuple[str,
     else:
         prefix = f"{name}="
     if equals:
-        choices = keys[name].choices if name in keys else ()
+        choices = key.choices if (key := find(name, keys)) else ()
         yield from ((prefix + choice, "") for choice in choices if choice.startswith(start))
         return
     names = {f"{key}=": each.doc for key, each in keys.items() if get_origin(each.type) is not dict}
     if name.startswith("trainer"):
-        names |= {f"trainer.{entry}=": "" for entry in trainer_keys()}
+        names |= {f"{key}=": "" for key in trainer_keys()}
     found = [(word, doc) for word, doc in names.items() if word.startswith(incomplete)]
     yield from found
     if len(found) == 1 and (key := keys.get(found[0][0][:-1])) and written(key.default):
@@ -181,37 +229,29 @@ def written(value: Any) -> str:
 def classes(table: str) -> dict[str, tuple[str, str]]:
     """Of a table in CHOSEN the classes by name, each as its module and its name there."""
     module, name = CHOSEN[table]
-    listed = _assigned(module, name)
-    if not isinstance(listed, ast.Dict):
-        raise TypeError(f"{module}.{name} must be written as a dictionary")
-    return {
-        str(key.value): _where(module, value.id)
-        for key, value in zip(listed.keys, listed.values, strict=True)
-        if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
-    }
+    return {key: where(module, ast.unparse(value)) for key, value in listed(module, name).items()}
 
 
 def about(table: str, name: str) -> str:
     """What the class of that name in a table in CHOSEN says of itself, in one line."""
     module, title = classes(table)[name]
-    node = next(n for n in _tree(module).body if isinstance(n, ast.ClassDef) and n.name == title)
-    return (ast.get_docstring(node) or "").partition("\n")[0]
+    return (ast.get_docstring(class_of(module, title)) or "").partition("\n")[0]
 
 
 @cache
 def fields(module: str, name: str, prefix: str = "") -> list[Key]:
     """The fields of a dataclass as keys, those of its bases first; a field that is itself a dataclass as its fields."""
-    node = next(n for n in _tree(module).body if isinstance(n, ast.ClassDef) and n.name == name)
+    node = class_of(module, name)
     found: dict[str, Key] = {}
     for base in node.bases:
-        if isinstance(base, ast.Name) and _is_class(*_where(module, base.id)):
-            found |= {key.name: key for key in fields(*_where(module, base.id), prefix)}
+        if isinstance(base, ast.Name) and is_class(*where(module, base.id)):
+            found |= {key.name: key for key in fields(*where(module, base.id), prefix)}
     for statement, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
         if not isinstance(statement, ast.AnnAssign) or "ClassVar" in (annotation := ast.unparse(statement.annotation)):
             continue
         key = prefix + ast.unparse(statement.target)
-        if _is_class(*_where(module, annotation)):
-            found |= {inner.name: inner for inner in fields(*_where(module, annotation), f"{key}.")}
+        if is_class(*where(module, annotation)):
+            found |= {inner.name: inner for inner in fields(*where(module, annotation), f"{key}.")}
             continue
         said = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
         kind = eval(annotation, {"__builtins__": {}}, TYPES)
@@ -220,14 +260,34 @@ def fields(module: str, name: str, prefix: str = "") -> list[Key]:
 
 
 @cache
-def trainer_keys() -> tuple[str, ...]:
-    """The names of what Lightning's Trainer can be given."""
-    package = find_spec("lightning")
-    source = Path(package.origin or "").with_name("pytorch") / "trainer" / "trainer.py" if package else Path()
-    body = ast.parse(source.read_text(encoding="utf-8")).body
-    trainer = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
-    make = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
-    return tuple(argument.arg for argument in make.args.kwonlyargs)
+def trainer_keys() -> dict[str, Key]:
+    """The keys of Lightning's Trainer, trainer.NAME, with the types of its signature."""
+    make = next(n for n in class_of(TRAINER, "Trainer").body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    kinds = {f"trainer.{arg.arg}": _written(TRAINER, arg.annotation) for arg in make.args.kwonlyargs}
+    return {name: Key(name, Union[kind], None) for name, kind in kinds.items() if kind}  # noqa: UP007
+
+
+def _written(module: str, node: ast.expr | None) -> tuple[Any, ...]:
+    """The types, of those of an annotation of Lightning's, whose values can be written in words."""
+    match node:
+        case ast.Constant(value=None):
+            return (type(None),)
+        case ast.Name(id=name) if name in ("bool", "int", "float", "str"):
+            return (TYPES[name],)
+        case ast.Name(id=name) if (there := where(module, name))[0] != module:
+            return _written(there[0], ast.Name(there[1])) if there[0].startswith("lightning.") else ()
+        case ast.Name(id=name):
+            with suppress(NameError):  # a class
+                return _written(module, assigned(module, name))
+        case ast.Subscript(value=ast.Name(id="Literal")):
+            return (eval(ast.unparse(node), {"__builtins__": {}}, TYPES),)
+        case ast.Subscript(value=ast.Name(id="Optional")):
+            return (*_written(module, node.slice), type(None))
+        case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=parts)):
+            return tuple(kind for part in parts for kind in _written(module, part))
+        case ast.Subscript(value=ast.Name(id="list")):
+            return tuple(list[kind] for kind in _written(module, node.slice))  # type: ignore[valid-type]
+    return ()
 
 
 def _default(module: str, value: ast.expr | None) -> Any:
@@ -236,35 +296,5 @@ def _default(module: str, value: ast.expr | None) -> Any:
         made = value.keywords[0].value
         return ast.literal_eval(made.body) if isinstance(made, ast.Lambda) else TYPES[ast.unparse(made)]()
     if isinstance(value, ast.Name):
-        return ast.literal_eval(_assigned(module, value.id))
+        return ast.literal_eval(assigned(module, value.id))
     return None if value is None else ast.literal_eval(value)
-
-
-@cache
-def _tree(module: str) -> ast.Module:
-    path = Path(__file__).parent.joinpath(*module.split(".")[1:])
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _assigned(module: str, name: str) -> ast.expr:
-    """What a module assigns to a name."""
-    for node in _tree(module).body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-        if name in map(ast.unparse, targets) and isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
-            return node.value
-    raise NameError(f"{module} assigns nothing to {name}")
-
-
-def _where(module: str, name: str) -> tuple[str, str]:
-    """The module and the name there of what a module calls `name`."""
-    for node in _tree(module).body:
-        if isinstance(node, ast.ImportFrom) and name in ((alias.asname or alias.name) for alias in node.names):
-            return node.module or "", next(a.name for a in node.names if (a.asname or a.name) == name)
-    return module, name
-
-
-def _is_class(module: str, name: str) -> bool:
-    return module.startswith("masafusion_lab") and any(
-        isinstance(node, ast.ClassDef) and node.name == name for node in _tree(module).body
-    )

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masafusion_lab import InputError, __version__, config
+from masafusion_lab import __version__, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.prepared import Prepared, prepare
 from masafusion_lab.inversion import Direct, NoInversion, Track, silent
+from masafusion_lab.loading import check_steps, choose_device
 from masafusion_lab.methods import METHODS, Method
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.null_text import NullText
@@ -83,18 +84,16 @@ def build(
     cancels = not getattr(inversion, "interpolation", True)
     if None not in (w, of_edit) and w != of_edit and not cancels:
         log.warning("inversion.guidance=%g but method.guidance=%g: the source is replayed under the former", w, of_edit)
-    precision = str(experiment.trainer.get("precision", "32-true"))
-    if precision.endswith("-true") and precision != "32-true":
-        raise InputError(f"trainer.precision={precision}: latents are float32; set model.dtype instead")
     needed = method.needs
     if not needed.inversion:
         log.info("method.name=%s reads no inversion: none is made", experiment.method["name"])
     store = Store(Path(experiment.store) if experiment.store else None)
-    if model is None:
-        log.info("reading the model %s", experiment.model.path)
-    model = model or StableDiffusion.load(**vars(experiment.model), network=needed.network)
     with undisturbed():
-        make(model.device, experiment.trainer)
+        make(model.device if model else choose_device(experiment.model.device), experiment.trainer)
+    if model is None:
+        check_steps(experiment.model.path, experiment.steps)
+        log.info("reading the model %s", experiment.model.path)
+        model = StableDiffusion.load(**vars(experiment.model), network=needed.network)
     return Lab(
         model,
         model.schedule(experiment.steps),

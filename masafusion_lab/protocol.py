@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,12 +31,12 @@ class Bench:
     hint: Literal["", "sketch", "canny"] = ""
     """Of real sets: the condition drawn from the target picture, as in the paper; a sketch needs pidinet=FILE."""
     rows: dict[str, str] = field(default_factory=dict)
-    """By name what is compared: the keys in which a row differs, as "method.name=plain inversion.name=ddim"."""
+    """By name what is compared: the keys in which a row differs, as bench.rows.plain=method.name=plain."""
     only: list[str] = field(default_factory=list)
     """Of the rows only these; empty: all."""
     encoders: dict[str, str] = field(default_factory=dict)
-    """Folder or hub id of a network (clip, dino, judge), if not the protocol's; of lpips alex, vgg or squeeze, whose
-    weights torch.hub keeps (TORCH_HOME)."""
+    """Networks that are not the protocol's, by name (clip, dino, judge): bench.encoders.clip=FOLDER or hub id; lpips is
+    alex, vgg or squeeze, whose weights torch.hub keeps (TORCH_HOME)."""
 
 
 SELECTING = ("rows", "only", "count", "sessions", "kinds", "encoders")
@@ -100,6 +101,15 @@ PROTOCOLS = {
     )
 }
 """Name to protocol."""
+
+
+def lack(bench: Bench) -> str:
+    """What its set lacks to be read, as far as the settings tell; "" if nothing."""
+    if bench.data == "picturebook":
+        endless = None in (bench.count, bench.sessions)
+        return endless * "bench.count, bench.sessions: the picture-book world has no end; say how many of each"
+    there = bench.root and os.path.exists(bench.root)
+    return "" if there else f"bench.root={bench.root}: no such folder; say where the set lies (bench.data={bench.data})"
 
 
 def of_sweep(columns: Sequence[str], goals: Sequence[str], *, built_in: bool) -> Protocol:

@@ -11,13 +11,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from masafusion_lab import InputError, axes, config
 from masafusion_lab.data.case import Case
-from masafusion_lab.landscape import objective
+from masafusion_lab.keys import suggest
 from masafusion_lab.runs import case_folder, read_json
-from masafusion_lab.scoring import Scorer
+from masafusion_lab.sources import listed
+
+if TYPE_CHECKING:
+    from masafusion_lab.scoring import Scorer
 
 TOGETHER = 128
 """Points that share their rows at most: their latents are in memory together, and are lost together."""
@@ -88,36 +91,62 @@ class Survey:
 
 
 def read(experiment: config.Experiment, cases: Sequence[Case], folder: Path) -> Survey:
-    """The survey of an experiment. Raises InputError with what is wrong with its axes, points and settings."""
-    how = experiment.sweep
+    """The survey of an experiment. Raises InputError as `plan`."""
+    return Survey(folder, plan(experiment), cases)
+
+
+def problems(experiment: config.Experiment) -> list[str]:
+    """What is wrong with the axes, points and settings of a sweep, a line each."""
+    try:
+        plan(experiment)
+    except InputError as error:
+        return str(error).split("\n  ")
+    return []
+
+
+def plan(experiment: config.Experiment) -> list[Point]:
+    """The points of an experiment. Raises InputError with what is wrong with its axes, points and settings."""
+    how, measures, wrong = experiment.sweep, listed("masafusion_lab.metrics", "MEASURES"), list[str]()
     if how.rows != "auto" and not (how.rows.isascii() and how.rows.isdecimal() and int(how.rows)):
-        raise InputError(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
+        wrong.append(f"sweep.rows={how.rows}: must be auto, or a whole number from 1")
     if how.halvings and (how.kind != "search" or not 0 < how.halvings <= 3 or not experiment.steps >> how.halvings):
-        raise InputError(f"sweep.halvings={how.halvings}: must be 0, or of sweep.kind=search 1 to 3, and leave a step")
+        wrong.append(f"sweep.halvings={how.halvings}: must be 0, or of sweep.kind=search 1 to 3, and leave a step")
     if how.kind == "search" and experiment.launch.by != "here":
-        raise InputError(
+        wrong.append(
             f"launch.by={experiment.launch.by}: a search runs in its own process; "
             "start several with one sweep.study=FILE, each with its own out="
         )
     if how.halvings and "steps" in experiment.axes:
-        raise InputError(f"sweep.halvings={how.halvings}: makes runs of fewer steps; leave axes.steps out")
-    objective(how.objective, cases)
-    spanned = axes.points(axes.read(experiment.axes), how, experiment.seed)
-    return Survey(folder, points(experiment, spanned), cases)
+        wrong.append(f"sweep.halvings={how.halvings}: makes runs of fewer steps; leave axes.steps out")
+    for name in filter(None, map(str.strip, how.objective.split(","))):
+        if name not in measures:
+            said = f"{name} is not one of {', '.join(measures)}{suggest(name, measures)}"
+            wrong.append(f"sweep.objective={how.objective}: {said}")
+    try:
+        found = points(experiment, axes.points(axes.read(experiment.axes), how, experiment.seed))
+    except InputError as error:
+        wrong += str(error).split("\n  ")
+    if wrong:
+        raise InputError("\n  ".join(wrong))
+    return found
 
 
 def points(experiment: config.Experiment, spanned: Sequence[Mapping[str, str]]) -> list[Point]:
     """The points of an experiment where its axes have these values. Raises InputError naming those that cannot be."""
     base = replace(experiment, axes={}, sweep=axes.Sweep())
-    found, problems = [], dict[str, None]()
+    found, own, wrong = [], list[str](), dict[str, None]()
+    try:
+        config.load(base=base)
+    except InputError as error:
+        own = config.problems(error)  # which are told of the experiment itself
     for values in spanned:
         try:
             found.append(Point(values, config.load(words=[f"{k}={v}" for k, v in values.items()], base=base)))
         except InputError as error:
-            problems.setdefault(f"axes.{error}")
-    if problems:
-        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise InputError("\n  ".join([*list(problems)[:8], *more]))
+            wrong |= dict.fromkeys(f"axes.{problem}" for problem in config.problems(error) if problem not in own)
+    if wrong:
+        more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise InputError("\n  ".join([*list(wrong)[:8], *more]))
     return found
 
 

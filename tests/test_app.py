@@ -169,7 +169,7 @@ def test_a_cancelled_run_stops_within_a_step_and_says_so_in_its_folder(studio):
     [
         (sent(), ("a cat", ""), {}, "target: missing"),
         (sent(region=None), ("a cat", "a dog"), {}, "acts inside a region"),
-        (sent(), ("a cat", "a dog"), {"steps": "0"}, "steps=0: must be 1 to 1000"),
+        (sent(), ("a cat", "a dog"), {"steps": "0"}, "steps=0: must be 1 to 999"),
         (sent(), ("a cat", "a dog"), {"method_preserve_layers": "x"}, "names no layers"),
         (sent(), ("a cat", "a dog"), {"size": "50"}, "50 is not a multiple"),
         ({"region": "x", "sketch": "y"}, ("a cat", "a dog"), {}, "not a PNG"),

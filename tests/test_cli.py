@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import rich
 from PIL import Image, ImageDraw
 
-from masafusion_lab import cli, config, keys, manual, phases, progress, request
+from masafusion_lab import cli, config, keys, loading, manual, phases, progress, request
 from masafusion_lab.lockstep import NotFinite
 
 MAIN = "from masafusion_lab.cli import main; main()"
@@ -99,10 +100,71 @@ def test_all_that_is_wrong_is_said_at_once_and_leaves_nothing(run, tmp_path):
     code, out, err = run("edit", *words)
     assert code == 2
     assert out == ""
-    for said in ("8 problems", "image=none.png: no such file", "inversion.name?", "1 to 1000", "'cat'", "mask=m.png",
+    for said in ("8 problems", "image=none.png: no such file", "inversion.name?", "1 to 999", "'cat'", "mask=m.png",
                  "one region", "target: missing", "model.path=./none"):  # fmt: skip
         assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+BENCH = "bench bench.count=1 bench.sessions=0"
+KNOWN = {
+    "edit trainer.max_epochs=abc": ["masafusion: trainer.max_epochs=abc: must be whole number | null\n"],
+    "edit steps=1000 out=file/a": ["2 problems", "steps=1000: must be 1 to 999", "out=file/a: cannot be written to"],
+    f"edit out={'x' * 300}": ["File name too long"],
+    f"edit out=a/{'x' * 300}/b": ["File name too long"],
+    "edit out=/proc/x": ["out=/proc/x: cannot be written to"],
+    "edit store=file": ["store=file: cannot be written to (Not a directory"],
+    "edit model.adapter.pose=./none model.unet=/none": ["2 problems", "model.adapter.pose=./none: no such folder"],
+    "sweep": ["nothing is varied; give axes"],
+    "sweep steps=0 axes.method.guidance=x,3": ["2 problems", "steps=0", "axes.method.guidance=x: must be number"],
+    "sweep axes.seed=1,2 sweep.objective=dnoe sweep.rows=0": ["2 problems", "sweep.rows=0", "did you mean done?"],
+    "bench": ["2 problems", "bench.rows: missing", "bench.count, bench.sessions"],
+    "bench bench.data=folder bench.rows.a=seed=1": ["bench.root=: no such folder"],
+    f"{BENCH} bench.rows.a=method.name=plian": ["row 'a': method.name=plian"],
+    f"{BENCH} bench.rows.a=target=x": ["row 'a': target=x: holds for all rows"],
+    f"{BENCH} bench.rows.a=seed=1 target=x": ["target=x: is not read by a benchmark"],
+    f"{BENCH} bench.rows.ours=seed=1 bench.only=our bench.encoders.clp=x bench.kinds=poze":
+        ["3 problems", "did you mean ours?", "did you mean clip?", "did you mean pose?"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", KNOWN)
+def test_what_the_settings_tell_is_said_before_torch_is_imported(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["masafusion", *command.split()]
+    code = f"import sys; sys.argv = {argv}\ntry: {MAIN}\nfinally: print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "False\n")
+    assert all(part in ended.stderr for part in KNOWN[command]), ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_only_read_need_not_be_writable(run, given):
+    assert run("edit", *given, "store=/proc", "--print-config")[0] == 0
+    words = ["bench.count=1", "bench.sessions=0", "bench.rows.a=seed=1", "out=/proc"]
+    assert run("bench", *words)[0] == 2
+    assert run("bench", *words, "--status")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("steps=20", "steps=20: must lie between 1 and 19"),
+        ("trainer.devices=2", "trainer.devices=2: one run has one device"),
+        ("trainer.accelerator=abacus", "abacus"),
+    ],
+)
+def test_what_the_model_or_lightning_does_not_allow_is_refused_before_weights_are_read(
+    run, given, tmp_path, monkeypatch, word, said
+):
+    model = tmp_path / "model"
+    shutil.copytree(next(word for word in given if word.startswith("model.path=")).partition("=")[2], model)
+    noise = model / "scheduler/scheduler_config.json"
+    noise.write_text(json.dumps(json.loads(noise.read_text()) | {"num_train_timesteps": 20}))
+    monkeypatch.setattr(loading, "weights", lambda *args: pytest.fail("weights are read"))
+    code, _, err = run("edit", *given, f"model.path={model}", word)
+    assert code == 2
+    assert said in err
 
 
 def test_what_turns_out_wrong_with_the_model_leaves_no_folder_either(run, given, tmp_path):
@@ -259,8 +321,29 @@ def test_what_is_said_beside_a_set_of_cases_is_not_silently_left_out(run, tmp_pa
     (tmp_path / "set").mkdir()
     code, _, err = run("edit", "cases=set", "target=a dog", "box=1,2,3,4")
     assert code == 2
-    assert "target=a dog: is not read beside cases=set; say it there, in a manifest" in err
-    assert "box=1,2,3,4: is not read" in err
+    assert "box=1,2,3,4: is not read beside cases=set; say it there, in a manifest" in err
+    assert "target=" not in err
+    assert (
+        "target=a dog: is not read beside cases=picturebook:2" in run("edit", "cases=picturebook:2", "target=a dog")[2]
+    )
+
+
+def test_prompts_beside_a_set_of_cases_are_those_of_cases_that_have_none(run, tmp_path, given):
+    (tmp_path / "set").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "set" / name).write_bytes((tmp_path / "pic.png").read_bytes())
+    (tmp_path / "set/a.txt").write_text("a red cat\n")
+    words = [
+        word for word in given if word.partition("=")[0] in ("source", "target", "model.path", "steps", "tracking.mode")
+    ]
+    code, _, err = run("edit", *words, "cases=set", "method.name=plain", "out=a")
+    assert code == 0, err
+    told = {
+        facts["case"]: facts["prompts"]
+        for facts in map(json.loads, (p.read_text() for p in Path("a").rglob("result.json")))
+    }
+    assert [told[case]["source"] for case in "ab"] == ["a red cat", "a cat: on ${HOME}"]
+    assert [told[case]["target"] for case in "ab"] == ["a dog, {x}", "a dog, {x}"]
 
 
 def test_a_picture_that_cannot_be_used_stops_no_other(run, tmp_path, given):
@@ -296,7 +379,7 @@ def test_every_example_of_the_help_is_understood():
     for command in manual.EXAMPLES.values():
         _, name, *words = shlex.split(command.replace("--print-config", "").replace("--config ", "--config="))
         assert name in ("edit", "attend", "sweep")
-        files = [request.EXAMPLE.parents[1] / word.partition("=")[2] for word in words if word.startswith("--config=")]
+        files = [Path(__file__).parents[1] / word.partition("=")[2] for word in words if word.startswith("--config=")]
         config.load(files, [word for word in words if not word.startswith("--")])
 
 

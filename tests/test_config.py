@@ -3,6 +3,7 @@
 import random
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -105,12 +106,25 @@ def test_inversion_and_method_become_the_classes_with_their_settings():
         ("inversion.nme=direct", "inversion.nme: unknown key; did you mean inversion.name?"),
         ("method.guidence=3", "method.guidence: unknown key; did you mean method.guidance?"),
         ("method.name=masafusoin", "did you mean masafusion?"),
+        ("method.name=masfusion", "did you mean masafusion?"),
+        ("method.name=MasaCtrl", "did you mean masactrl?"),
+        ("inversion.name=nulltext", "did you mean null_text?"),
         ("inversion.lr=1e-3", "is a key of inversion.name=null_text"),
+        ("method.reweight={dog: 2}", "is a key of method.name=prompt_to_prompt, not of the method that is chosen"),
+        ("method.reweight.dog=2", "is a key of method.name=prompt_to_prompt, not of the method that is chosen"),
         ("model=x", "model: is a table"),
+        ("model.adapter=FOLDER", "is a table; give its entries one by one, as model.adapter.sketch=FOLDER"),
+        ("bench.rows=X", "is a table; give its entries one by one, as bench.rows.plain=method.name=plain"),
+        ("bench.encoders={'dino': 'here'}", "is a table; give its entries one by one, as bench.encoders.dino=here"),
+        ("trainer=x", "is a table; give its entries one by one, as trainer.precision=16-mixed"),
+        ("axes=3", "is a table; give its entries one by one, as axes.seed=1,2,3"),
+        ("model.dtype=fp16", "did you mean float16?"),
+        ("model.dtype=bf16", "did you mean bfloat16?"),
         ("model.dtype=float61", "auto | float32 | float16 | bfloat16; did you mean float16?"),
         ("steps=many", "steps=many: must be whole number"),
-        ("steps=0", "1 to 1000"),
-        ("steps=-1", "1 to 1000"),
+        ("steps=0", "1 to 999"),
+        ("steps=-1", "1 to 999"),
+        ("steps=1000", "1 to 999"),
         ("batch=0", "at least 1"),
         ("dilate=-1", "at least 0"),
         ("launch.workers=-1", "at least 0"),
@@ -127,6 +141,9 @@ def test_inversion_and_method_become_the_classes_with_their_settings():
         ("method.guidance=inf", "finite"),
         ("model.device=cpu0", "auto, cpu, cuda"),
         ("trainer.precison=16", "did you mean trainer.precision?"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs=abc: must be whole number | null"),
+        ("trainer.precision=16-true", "set model.dtype"),
+        ("trainer.precision=64", "set model.dtype"),
         ("model.path=${oc.env:SECRET}", "nothing is filled in"),
         ("tracking.name=${oc.env:SECRET}", "nothing is filled in"),
         ("trainer.precision=${oc.env:SECRET}", "nothing is filled in"),
@@ -144,6 +161,19 @@ def test_what_cannot_be_is_refused_with_what_is_allowed(word, said, monkeypatch)
     assert said in str(refusal.value)
     assert "hidden" not in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["{dog: 2}", '{"dog":2}', "{dog: 2, red: 3}"])
+def test_a_table_that_is_given_as_one_value_is_said_by_its_entries(text):
+    with pytest.raises(InputError, match=r"method\.reweight: is a table; .* as method\.reweight\.dog=2$"):
+        config.load(words=["method.name=prompt_to_prompt", f"method.reweight={text}"])
+
+
+def test_a_key_of_other_methods_names_them_all():
+    with pytest.raises(
+        InputError, match=r"is a key of method\.name=masafusion \| masactrl \| t2i_only, not of the method"
+    ):
+        config.load(words=["method.name=plain", "method.hint_until=3"])
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
@@ -209,9 +239,7 @@ def test_force_is_not_saved():
 
 
 def test_every_shipped_configuration_loads():
-    from masafusion_lab.request import EXAMPLE
-
-    files = sorted((EXAMPLE.parents[1] / "configs").glob("*.yaml"))
+    files = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
     assert files
     for file in files:
         experiment = config.load([file])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import time
 
 import pytest
@@ -61,6 +62,33 @@ def test_each_picture_of_a_folder_is_a_case(root):
     assert [case.id for case in cases] == ["a.jpg", "a.png", "b"]
     assert cases[1].image == root / "a.png"
     assert cases[1].source == cases[1].target == ""
+
+
+def test_a_text_file_beside_a_picture_is_what_it_shows(root, tmp_path):
+    (root / "a.txt").write_text("\ufeffa cat: on ${HOME}\n", encoding="utf-8")
+    (root / "sub.txt").write_text("of no picture")
+    assert {case.id: case.source for case in read_cases(root)} == {"a": "a cat: on ${HOME}", "b": ""}
+    (root / "a.txt").write_bytes("ä".encode("latin-1"))
+    (tmp_path / "secret.txt").write_text("a password")
+    (root / "b.txt").symlink_to(tmp_path / "secret.txt")
+    assert [re.sub(r" \(.*\)", "", line) for line in problems(root)] == [
+        "a.png: caption='a.txt' cannot be read; save it as UTF-8",
+        f"b.JPG: caption='b.txt' lies outside {root}; copy it in",
+    ]
+    (root / "b.txt").unlink()
+    (root / "a.txt").write_text("word " * 10_000)
+    assert "has more than 10000 bytes" in problems(root)[0]
+
+
+def test_usual_texts_are_those_of_the_cases_that_have_none(root):
+    (root / "a.txt").write_text("a cat")
+    usual = {"source": "a picture", "target": "a dog", "instruction": ""}
+    a, b = read_cases(root, usual)
+    assert (a.source, a.target, b.source, b.target) == ("a cat", "a dog", "a picture", "a dog")
+    rows = [{"image": "a.png", "target": "a cow"}, {"image": "b.JPG", "target": ""}]
+    for suffix in (".csv", ".jsonl", ".yaml"):
+        a, b = read_cases(written(root, suffix, rows), usual)
+        assert (a.source, a.target, b.source, b.target) == ("a picture", "a cow", "a picture", "a dog")
 
 
 def test_a_folder_without_pictures_is_refused(tmp_path):

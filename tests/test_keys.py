@@ -1,5 +1,6 @@
 """The keys as they are read from the sources are the keys that there are."""
 
+import re
 import subprocess
 import sys
 import typing
@@ -69,6 +70,14 @@ def test_nothing_heavy_is_imported_to_know_the_keys():
         ("trainer.precision", "16-mixed", "16-mixed"),
         ("trainer.limit_predict_batches", "0.5", 0.5),
         ("trainer.devices", "[0]", [0]),
+        ("trainer.devices", ["0"], [0]),
+        ("trainer.devices", "auto", "auto"),
+        ("trainer.max_epochs", "3", 3),
+        ("trainer.max_epochs", "null", None),
+        ("trainer.max_time", "00:00:10:00", "00:00:10:00"),
+        ("trainer.deterministic", "warn", "warn"),
+        ("trainer.fast_dev_run", "true", True),
+        ("trainer.default_root_dir", "007", "007"),
         ("model.adapter.sketch", "folder=1", "folder=1"),
         ("model.path", "007", "007"),
     ],
@@ -87,6 +96,12 @@ def test_a_text_becomes_a_value_of_the_keys_type(name, text, value):
         ("method.preserve_steps", "[1]", "[whole number, whole number]"),
         ("method.hint_on_null", "maybe", "true | false"),
         ("seed", "[1]", "whole number"),
+        ("trainer.max_epochs", "abc", "whole number | null"),
+        ("trainer.max_epochs", "2.5", "whole number | null"),
+        ("trainer.precision", "17", "16-mixed"),
+        ("trainer.deterministic", "perhaps", "true | false | warn | null"),
+        ("trainer.limit_predict_batches", "inf", "whole number | number | null"),
+        ("trainer.callbacks", "MyCallback", "null"),
     ],
 )
 def test_a_text_that_is_none_is_refused_with_what_is_allowed(name, text, said):
@@ -112,6 +127,21 @@ def test_a_slip_is_understood(wrong, right):
     assert keys.suggest("zzz", known) == ""
 
 
+def test_every_table_of_entries_shows_one_in_what_it_means():
+    for key in keys.known({"inversion": None, "method": None}).values():
+        assert typing.get_origin(key.type) is not dict or re.search(rf"\b{key.name}\.\w+=", key.doc), key.name
+
+
+def test_every_key_of_the_trainer_is_one_of_lightnings():
+    import inspect
+
+    from lightning.pytorch import Trainer
+
+    assert [f"trainer.{name}" for name in list(inspect.signature(Trainer.__init__).parameters)[1:]] == list(
+        keys.trainer_keys()
+    )
+
+
 def test_keys_and_their_values_are_completed():
     def words(*given):
         return [word for word, _ in keys.complete(*given)]
@@ -123,6 +153,7 @@ def test_keys_and_their_values_are_completed():
     assert "inversion.lr_schedule=" in words("inversion.l", ["inversion.name=null_text"])
     assert words("d", ["inversion.name", "="]) == ["direct", "ddim"]  # as bash splits words
     assert words("trainer.prec") == ["trainer.precision="]
+    assert words("trainer.barebones=") == ["trainer.barebones=true", "trainer.barebones=false"]
 
 
 def test_the_published_preset_is_one_of_the_choices():

@@ -9,7 +9,8 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion given sites attention residual words hub axes metrics ranks protocol region configfile",
+    "schedule fusion given sites attention residual words hub axes metrics ranks protocol region configfile "
+    "sources once memory",
     "lockstep shared model loading network contrast taps wordmaps encoders",
     "inversion algorithm2 null_text trainer store runs interrupt",
     "methods",

@@ -22,7 +22,7 @@ DRAWINGS = "annotations"
 
 
 def annotated(folder: Path) -> dict[str, Case]:
-    """The cases of a folder by id: those in its manifest as they are annotated, its other pictures without prompts.
+    """The cases of a folder by id: those in its manifest as they are annotated, its other pictures with captions alone.
 
     A picture whose id the manifest gives to another goes by its whole name.
     Raises InputError for a manifest that cannot be used.

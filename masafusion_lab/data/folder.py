@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import yaml
@@ -29,6 +30,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 LARGEST, LARGEST_YAML = 16_000_000, 2_000_000
 """Bytes of a manifest."""
 
+LARGEST_CAPTION = 10_000
+"""Bytes of a text file that is taken for a picture's prompt."""
+
+NONE: Mapping[str, str] = MappingProxyType({})
+"""No text that is usual."""
+
 Row = tuple[str, Mapping[str, Any]]
 """Where it is ("line 3"), and its values by column."""
 
@@ -40,25 +47,24 @@ class _Bad(ValueError):
         super().__init__(f"line {line}: {why}")
 
 
-def read_cases(path: Path) -> list[Case]:
-    """The cases of a folder (each picture one, without prompts) or of a manifest .csv, .jsonl, .yaml, in their order.
+def read_cases(path: Path, usual: Mapping[str, str] = NONE) -> list[Case]:
+    """The cases of a folder (each picture one) or of a manifest .csv, .jsonl, .yaml, in their order.
 
-    Files are relative to the manifest, and outside its folder nothing is read, not through links either. Text is taken
-    as it stands: no types, no references. An id not given is the picture's name without suffix. Raises InputError with
-    all problems, one a line.
+    In a folder a text file that is named as a picture, cat.txt beside cat.png, says what the picture shows: its source
+    prompt. `usual`: texts (source, target, instruction) for the cases that have none of their own. Files are relative
+    to the manifest, and outside its folder nothing is read, not through links either. Text is taken as it stands: no
+    types, no references. An id not given is the picture's name without suffix. Raises InputError with all problems, one
+    a line.
     """
     path = Path(path)
-    if path.is_dir():
-        rows, problems = _pictures(path), list[str]()
-    else:
-        rows, problems = _manifest(path)
+    rows, problems = _pictures(path) if path.is_dir() else _manifest(path)
     root = (path if path.is_dir() else path.parent).resolve()
     cases: dict[str, Case] = {}
     first: dict[str, str] = {}
     strange: set[str] = set()  # columns, each told once
     for where, row in rows:
         wrong: list[str] = []
-        case = _case(row, root, wrong)
+        case = _case({**row, **{text: usual[text] for text in usual if row.get(text, "") == ""}}, root, wrong)
         wrong[:0] = [_strange(column) for column in row if column not in {*COLUMNS, *strange}]
         strange.update(row)
         if case is not None and case.id in cases:
@@ -79,13 +85,33 @@ def told(path: Path, cases: list[Case], problems: list[str], remedy: str = "; co
     return cases
 
 
-def _pictures(folder: Path) -> list[Row]:
-    """A row for each picture; those that differ in their suffixes alone are told apart by them."""
+def _pictures(folder: Path) -> tuple[list[Row], list[str]]:
+    """A row for each picture, and the captions that cannot be read.
+
+    Pictures whose names differ in their suffixes alone are told apart by them.
+    """
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     if not names:
         raise InputError(f"{folder}: holds no pictures; give a folder with some ({', '.join(SUFFIXES)})")
     stems = Counter(Path(name).stem for name in names)
-    return [(n, {"image": n, "id": n if stems[Path(n).stem] > 1 else Path(n).stem}) for n in names]
+    ids = {name: name if stems[Path(name).stem] > 1 else Path(name).stem for name in names}
+    problems: list[str] = []
+    return [(n, {"image": n, "id": id, "source": _caption(folder, n, problems)}) for n, id in ids.items()], problems
+
+
+def _caption(folder: Path, picture: str, problems: list[str]) -> str:
+    """The source prompt in the text file beside a picture; "" without one. What is wrong is added to the list."""
+    name, wrong = Path(picture).with_suffix(".txt").name, list[str]()
+    file = inside("caption", name, folder.resolve(), wrong) if (folder / name).exists() else None
+    try:
+        if file and file.stat().st_size > LARGEST_CAPTION:
+            wrong.append(f"caption={name!r} has more than {LARGEST_CAPTION} bytes; it is read as the picture's prompt")
+        elif file:
+            return file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        wrong.append(f"caption={name!r} cannot be read ({error}); save it as UTF-8")
+    problems += [f"{picture}: {why}" for why in wrong]
+    return ""
 
 
 def _manifest(path: Path) -> tuple[list[Row], list[str]]:

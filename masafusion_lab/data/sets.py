@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -18,25 +18,30 @@ from masafusion_lab.data.case import Case, Made
 from masafusion_lab.data.pictures import named, open_picture
 from masafusion_lab.picturebook.edits import EDITS
 from masafusion_lab.pidinet import sketch
-from masafusion_lab.protocol import Bench
+from masafusion_lab.protocol import Bench, lack
 from masafusion_lab.runs import case_folder, write_picture
 from masafusion_lab.store import home
 
 
-def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]:
+def cases(
+    bench: Bench, folder: Path, pidinet: Path | None = None, usual: Mapping[str, str] = folders.NONE
+) -> list[Case]:
     """The cases that a benchmark runs over; conditions that are drawn for them are kept in `folder`.
 
-    `pidinet`: the weights that draw sketches. Raises InputError with all that is wrong with the set.
+    `pidinet`: the weights that draw sketches; `usual`: see `folder.read_cases`. Raises InputError with all that
+    is wrong with the set.
     """
+    if why := lack(bench):
+        raise InputError(why)
     if bench.data == "picturebook":
         if strange := set(bench.kinds) - set(EDITS):
             raise InputError(f"bench.kinds: {strange.pop()!r} is none of {', '.join(EDITS)}")
-        if bench.count is None or bench.sessions is None:
-            raise InputError("bench.count, bench.sessions: the picture-book world has no end; say how many of each")
+        assert bench.count is not None
+        assert bench.sessions is not None
         alone = picturebook.cases("test", bench.count, kinds=bench.kinds or EDITS)
         found = [*alone, *picturebook.sessions("test", bench.sessions)]
     else:
-        found = _selected(_read(bench), bench)
+        found = _selected(_read(bench, usual), bench)
     if bench.hint == "sketch" and pidinet is None and any(not case.hints for case in found):
         raise InputError("bench.hint=sketch: give the weights that draw it, pidinet=FILE, or take bench.hint=canny")
     if twice := [id for id, times in Counter(case.id for case in found).items() if times > 1]:
@@ -46,14 +51,12 @@ def cases(bench: Bench, folder: Path, pidinet: Path | None = None) -> list[Case]
     return [_hinted(case, bench.hint, folder / "hints", pidinet) for case in found]
 
 
-def _read(bench: Bench) -> list[Case]:
+def _read(bench: Bench, usual: Mapping[str, str]) -> list[Case]:
     root = Path(bench.root)
-    if not bench.root or not root.exists():
-        raise InputError(f"bench.root={bench.root}: no such folder; say where the set lies (bench.data={bench.data})")
     if bench.data == "piebench":
         return piebench.read_cases(root)
     if bench.data == "folder":
-        return folders.read_cases(root)
+        return folders.read_cases(root, usual)
     if not (root / "edit_sessions.json").is_file() and (root / "data").is_dir():
         unpacked = case_folder(home() / "sets", str(root.resolve()))
         if not (unpacked / "edit_sessions.json").is_file():
