@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from masafusion_lab import InputError
 from masafusion_lab.fusion import Branch, Row, Words
 from masafusion_lab.given import Given
 from masafusion_lab.sites import Site, found
@@ -199,18 +200,20 @@ class RoutedAttention:
         attention_mask: Tensor | None = None,
         step: Step | None = None,
     ) -> Tensor:
-        """Attend. hidden_states (R * B, N, C), rows outermost; text (R * B, n, d) in cross-attention, else None."""
+        """Attend. hidden_states (R * B, N, C), rows outermost; text (R * B, n, d) in cross-attention, else None.
+
+        Raises InputError for a mask of tokens: rows that read one another share what it would tell apart.
+        """
+        if attention_mask is not None:
+            raise InputError("attention_mask: is not supported; leave it out, for SD 1.x and 2.x read every token")
         x, text = hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         route, n = (ALONE, 1) if step is None else (step.route(self.site), len(step.rows))
         q = _project(attn.to_q, x, [t[0] for t in route.triples], n)  # (6), (7)
         k = _project(attn.to_k, text, [t[1] for t in route.triples], n)
         v = _project(attn.to_v, text, [t[2] for t in route.triples], n)
         q, k, v = (y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (U * B, heads, N, c)
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(x))
-            attention_mask = attention_mask.view(len(x), attn.heads, -1, attention_mask.shape[-1])
         plain, size = route.plain * (len(x) // n), len(x) // n
-        sums = [[Term(q[:plain], k[:plain], v[:plain], attention_mask)]] if plain else []
+        sums = [[Term(q[:plain], k[:plain], v[:plain])]] if plain else []
         for how, its in route.recipes:
             assert step is not None
             parts = [tuple(y[t * size : (t + 1) * size] for y in (q, k, v)) for t in its]
@@ -287,7 +290,7 @@ def gather(x: Tensor, rows: Sequence[int], n: int) -> Tensor:
 def install(unet: Any) -> tuple[Site, ...]:
     """Give every attention layer of a diffusers UNet the processor, once; return the sites in running order.
 
-    Without a `step` in `cross_attention_kwargs` the UNet computes exactly what it did before.
+    Without a `step` in `cross_attention_kwargs` the UNet computes exactly what it did before, but for masks of tokens.
     """
     there = found(unet)
     for site, module in there.items():

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from masafusion_lab import InputError
+from masafusion_lab.choices import Checked
 
 
 @dataclass
-class Sweep:
+class Sweep(Checked):
     """How the points of a sweep are chosen and run."""
 
     kind: Literal["grid", "list", "random", "search"] = "grid"
@@ -40,7 +41,7 @@ AGAIN = 3
 
 
 @dataclass
-class Launch:
+class Launch(Checked):
     """Who runs the items of a benchmark, a sweep or an inversion."""
 
     by: Literal["here", "local", "ray", "submitit"] = "here"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypeAlias
 
 from masafusion_lab import InputError
+from masafusion_lab.choices import Checked
 
 HALVES = ("null", "text")
 """The two halves of classifier-free guidance, (3)."""
@@ -57,7 +58,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Take:
+class Take(Checked):
     """Whose Q, K and V a branch's self-attention uses (None: its own), in which steps, layers and halves of guidance.
 
     What is read is what the other branch computed itself, before its own Take: rules never chain. Null reads null,

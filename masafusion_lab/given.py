@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from masafusion_lab import InputError
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,46 @@ class Given:
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""
-        if name == "tuned":
-            return self.prompts["empty"] if self.null is None else self.null[i]
-        prompt = self.prompts[name]
+        if name == "tuned" and self.null is not None:
+            return self.null[i]
+        prompt = self.text("empty" if name == "tuned" else name)
         return prompt[i] if prompt.ndim == 4 else prompt
+
+    def text(self, name: str) -> Tensor:
+        """The embeddings called `name`, (B, n, d) or (T, B, n, d). Raises InputError where they are not given."""
+        if name not in self.prompts:
+            raise InputError(f"the prompt {name!r} is wanted and not given: Given(prompts={{{name!r}: embeddings}})")
+        return self.prompts[name]
+
+    def typed(self, name: str) -> Sequence[str]:
+        """The prompts called `name` as they were typed, B. Raises InputError where they are not given."""
+        if name not in self.texts:
+            raise InputError(f"the words of {name!r} are wanted and not given: Given(texts={{{name!r}: [words, ...]}})")
+        return self.texts[name]
 
     def region(self, name: str | None) -> Tensor | None:
         """The mask called `name`; of None the mask."""
         return self.mask if name is None else self.regions[name]
+
+    def check(self, steps: int, shape: Sequence[int]) -> None:
+        """Raise InputError for what does not fit latents of that shape (B, C, h, w), in so many steps."""
+        B, _, h, w = shape
+        for name, text in self.prompts.items():
+            fits(f"Given.prompts[{name!r}]", text, (steps, B) if text.ndim == 4 else (B,))
+        for name, region in {"mask": self.mask, **self.regions}.items():
+            fits(f"the region, Given.{name}, in latent cells", region, (B, 1, h, w))
+        fits("Given.null", self.null, (steps, B))
+        for name, extra in self.extra.items():
+            fits(f"Given.extra[{name!r}]", extra, (B, extra.shape[1], h, w))
+        for features in self.hint or ():
+            fits("Given.hint", features, (B,))
+
+
+def fits(what: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise InputError, which calls it `what`, unless a tensor, if there is one, has a shape that begins so."""
+    if tensor is not None and tensor.shape[: len(shape)] != torch.Size(shape):
+        rest = ", ..." * (tensor.ndim > len(shape))
+        raise InputError(
+            f"{what}: is {tuple(tensor.shape)}, must be ({', '.join(map(str, shape))}{rest}): make it of the same "
+            "pictures, size and schedule as the edit"
+        )

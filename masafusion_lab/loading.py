@@ -7,6 +7,7 @@ that are read at all are published T2I-Adapters, which have no other form, and t
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,11 +22,14 @@ from masafusion_lab.network import (
     SUFFIX,
     TAUGHT,
     check_channels,
+    check_inputs,
     check_prediction,
     find_unet,
     read_changes,
 )
 from masafusion_lab.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 CLASSES = {
     "unet": ("UNet2DConditionModel",),
@@ -52,10 +56,9 @@ def read(
     config["unet"] = read_json(at.fetch, f"{at.part}/config.json", at.root)
     check_family(read_json(fetch, "model_index.json", root), config, root, at.root / at.part, network)
     noise = read_json(fetch, "scheduler/scheduler_config.json", root)
-    try:
-        Schedule.from_config(noise, 1)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{root / 'scheduler'}: {one_line(error)}") from None
+    _check_schedule(noise, root)
+    if (sampler := noise.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
+        log.info("%s: names %s; here DDIM takes its noise levels and timesteps", root / "scheduler", sampler)
     own = {folder.name.removeprefix("t2iadapter_"): str(folder) for folder in sorted(root.glob("t2iadapter_*/"))}
     places = {
         kind: find(str(folder), "config.json", f"model.adapter.{kind}={folder}")
@@ -70,6 +73,7 @@ def read(
         raise InputError(f"{at.root / at.part}: changes another UNet than {base.folder}; take both from one model")
     check_prediction(at, noise)
     of_adapters = {kind: weight_files(get, place, "", dtype) for kind, (place, get) in places.items()}
+    read_from = files | of_adapters | ({"base": base} if base else {})
     with quiet():
         import diffusers
         from transformers import CLIPTextModel
@@ -89,7 +93,21 @@ def read(
             "adapters": {kind: weights(diffusers.T2IAdapter, found, dtype) for kind, found in of_adapters.items()},
             "config": noise,
             "suffix": str(config["unet"].get(TAUGHT, SUFFIX)),
+            "files": {f"{part}/{file.name}": file for part, its in read_from.items() for file in its.names},
         }
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raise InputError unless the schedule of model `name`, a folder or hub id, has so many steps."""
+    root, fetch = find(name, "model_index.json", f"model.path={name}")
+    _check_schedule(read_json(fetch, "scheduler/scheduler_config.json", root), root, steps)
+
+
+def _check_schedule(noise: Mapping[str, Any], root: Path, steps: int = 1) -> None:
+    try:
+        Schedule.from_config(noise, steps)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{root / 'scheduler'}: {one_line(error)}") from None
 
 
 def check_family(
@@ -97,16 +115,17 @@ def check_family(
 ) -> None:
     """Raise InputError unless UNet (in `place`), autoencoder and text encoder are of SD 1.x / 2.x and fit one another.
 
-    And unless the UNet has the input channels of the kind that is wanted.
+    And unless the UNet has the input channels of the kind that is wanted, and no other input.
     """
     unet, vae, text = (config[part] for part in ("unet", "vae", "text_encoder"))
-    if "XL" in str(index.get("_class_name")) or "text_encoder_2" in index or unet.get("addition_embed_type"):
+    if "XL" in str(index.get("_class_name")) or "text_encoder_2" in index:
         raise InputError(
             f"{root}: SDXL or another family with a second text encoder; only SD 1.x and 2.x are supported"
         )
     text = {**text, "_class_name": (text.get("architectures") or CLASSES["text_encoder"])[0]}
     for part, values in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         _check_class(part, values, place if part == "unet" else root / part)
+    check_inputs(unet, place)
     latent = vae.get("latent_channels", 4)
     check_channels(unet, latent, network, place)
     if (channels := unet.get("out_channels", 4)) != latent:
@@ -201,17 +220,18 @@ def quiet() -> Iterator[None]:
     import diffusers.utils.logging as of_diffusers
     import transformers.utils.logging as of_transformers
 
-    levels = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (of_diffusers, of_transformers)]
+    libraries = (of_diffusers, of_transformers)
+    levels = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:
-        for log, _, _ in levels:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
+        for library, _, _ in levels:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
         yield
     finally:
-        for log, verbosity, bar in levels:
-            log.set_verbosity(verbosity)
+        for library, verbosity, bar in levels:
+            library.set_verbosity(verbosity)
             if bar:
-                log.enable_progress_bar()
+                library.enable_progress_bar()
 
 
 def choose_device(device: str) -> torch.device:

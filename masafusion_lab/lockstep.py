@@ -12,7 +12,7 @@ from torch import Tensor
 from masafusion_lab import InputError
 from masafusion_lab.attention import Step, Tap
 from masafusion_lab.fusion import Branch, Masked, Noise, Plan, Row, Sde, Span, Weighted, denoisers, needs, ordered
-from masafusion_lab.given import Given
+from masafusion_lab.given import Given, fits
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import self_layers
@@ -79,7 +79,17 @@ class Course:
     schedule: Schedule | None = None
 
     def check(self, *, steps: int, layers: int) -> None:
-        """Raise InputError for a plan that a model of so many self-attention layers cannot follow in so many steps."""
+        """Raise InputError for a plan that a model of so many self-attention layers cannot follow in so many steps.
+
+        And for latents, records and a batch that do not fit one another.
+        """
+        shape = next((latent.shape[-4:] for latent in (*self.x.values(), *self.replay.values())), None)
+        for name, latent in self.x.items():
+            fits(f"latent {name!r}", latent, shape or ())
+        for name, states in self.replay.items():
+            fits(f"the record of latent {name!r}", states, (steps + 1, *(shape or ())))
+        if shape is not None:
+            self.given.check(steps, shape)
         check(self.plan, self.given, steps=steps, layers=layers, latents={*self.x, *self.replay})
 
     def run(

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from masafusion_lab import InputError
 from masafusion_lab.hub import Fetch, Files, find, one_line, read_json
+from masafusion_lab.schedule import trained
 
 NETWORKS = {"": (1, 0), "instruct": (2, 0), "hive": (2, 0), "inpaint": (2, 1)}
 """Kind of UNet, as in unet_<kind>/ ("": unet/) -> (a, b): for latents of C channels it has aC + b input channels."""
@@ -28,6 +31,19 @@ BASE = "_base"
 
 TAUGHT = "_suffix"
 """Entry of a UNet's config.json: what a network of graded rewards was taught in place of SUFFIX."""
+
+
+INPUTS = {
+    "time_cond_proj_dim": "the strength of guidance (distilled models, as LCM)",
+    "class_embed_type": "a picture's embedding, a class or a noise level (unCLIP, upscalers)",
+    "num_class_embeds": "a class or a noise level (class-conditional models, upscalers)",
+    "encoder_hid_dim_type": "embeddings of pictures, or text of another encoder (IP-Adapter, Kandinsky)",
+    "encoder_hid_dim": "text of another encoder (DeepFloyd IF)",
+    "addition_embed_type": "what is added to the time: pooled text, sizes or a picture (SDXL, Kandinsky)",
+    "attention_type": "boxes of things (GLIGEN)",
+    "dual_cross_attention": "a picture's embedding beside the text (Versatile Diffusion)",
+}
+"""Entry of a UNet's config.json -> the input that it stands for, which SD 1.x and 2.x have not."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,28 @@ def find_unet(root: Path, fetch: Fetch, unet: str = "", network: str = "") -> Pl
 
 
 def check_prediction(at: Place, noise: Mapping[str, Any]) -> None:
-    """Raise InputError where the model that the UNet comes from says that it predicts something else."""
+    """Raise InputError where the model that the UNet comes from says that it was trained for another schedule."""
     name = "scheduler/scheduler_config.json"
     own = read_json(at.fetch, name, at.root) if at.part == "unet" and at.fetch(name) else noise
     predicts, want = (config.get("prediction_type", "epsilon") for config in (own, noise))
     if predicts != want:
         raise InputError(f"{at.root / at.part}: predicts {predicts}, this model's schedule is for {want}")
+    try:
+        same = torch.equal(trained(own), trained(noise))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{at.root / 'scheduler'}: {one_line(error)}") from None
+    if not same:
+        raise InputError(f"{at.root / at.part}: was trained with other betas than this model's schedule has")
+
+
+def check_inputs(unet: Mapping[str, Any], place: Path) -> None:
+    """Raise InputError for a UNet's configuration that asks for an input beside latents, time and text."""
+    for key, what in INPUTS.items():
+        if (value := unet.get(key)) not in (None, False, "default"):
+            raise InputError(
+                f"{place}: {key}={value}: this UNet also reads {what}, which no method here gives; take a model of "
+                "SD 1.x or 2.x without it"
+            )
 
 
 def check_channels(unet: Mapping[str, Any], latent: int, network: str, place: Path) -> None:

@@ -168,7 +168,7 @@ class At:
         given = self.course.given
         if name == "tuned" and given.null is not None:
             return self.common.tensor("prompt", "text", given.null)
-        return self.common.tensor("prompt", "text", given.prompts["empty" if name == "tuned" else name])
+        return self.common.tensor("prompt", "text", given.text("empty" if name == "tuned" else name))
 
     def _in_force(self, rule: Take | Hint, path: tuple[str, ...]) -> Take | Hint | None:
         """A rule of the path's last branch as it is at this step; None where it does nothing."""

@@ -107,6 +107,16 @@ def test_a_row_that_reads_everything_costs_no_projection_and_no_attention(tiny):
     assert torch.equal(out[3], out[5])
 
 
+@pytest.mark.parametrize("read", [None, "a"], ids=["apart", "one reads the other"])
+def test_a_mask_of_tokens_is_refused(tiny, batch, read):
+    """Rows that are computed once for two would be masked as the first of them."""
+    x, text = batch
+    step, mask = step_of(a=Take(), b=Take(read, read, read), c=Take()), torch.ones(6, text.shape[1])
+    for kwargs in ({"cross_attention_kwargs": {"step": step}}, {}):
+        with pytest.raises(InputError, match="attention_mask: is not supported; leave it out"):
+            tiny.unet(x, 500, text, encoder_attention_mask=mask, **kwargs)
+
+
 class Watch:
     """Keeps all it is shown of the layers of a depth, chunk by chunk."""
 

@@ -156,7 +156,7 @@ class TestPickles:
     ("file", "entries", "says"),
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "SDXL.*only SD 1.x and 2.x"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "SDXL.*only SD 1.x and 2.x"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "=text_time: .*pooled text.*SDXL"),
         ("unet/config.json", {"in_channels": 9}, "in_channels=9, an inpainting model's; .* latents have 4"),
         ("unet/config.json", {"in_channels": 8}, "in_channels=8, an instruction-tuned .*; .* latents have 4"),
         ("unet/config.json", {"out_channels": 8}, "out_channels=8; the autoencoder's latents have 4"),
@@ -169,7 +169,7 @@ class TestPickles:
         ("tokenizer/tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"}, "is a T5Tokenizer, must be CLIPTok"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "scheduler: the scheduler predicts"),
         ("unet/config.json", {"layers_per_block": 2}, "weights and config.json do not fit"),
-        ("unet/config.json", {"time_cond_proj_dim": 8}, "config.json is of another model; its weights lack 1"),
+        ("unet/config.json", {"conv_in_kernel": 1}, "weights and config.json do not fit|config.json is of another"),
         ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 3}, "config.json is of another model; .* besides"),
         ("t2iadapter_sketch/config.json", {"channels": [320, 640, 1280, 1280]}, r"\[320.* the UNet \[16, 32, 32\]"),
         ("t2iadapter_sketch/config.json", {"downscale_factor": 8}, "starts at 1/8 of the picture, the UNet at 1/4"),
@@ -180,6 +180,61 @@ def test_another_kind_of_model_is_named(folder, file, entries, says):
     change(folder / file, **entries)
     with pytest.raises(InputError, match=says):
         raise InputError(refused(folder))
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"time_cond_proj_dim": 64}, "time_cond_proj_dim=64: .* the strength of guidance"),
+        ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64}, "projection: .*unCLIP"),
+        ({"num_class_embeds": 1000}, "num_class_embeds=1000: .* a noise level"),
+        ({"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 8}, "image_proj: .* embeddings of pictures"),
+        ({"addition_embed_type": "text"}, "addition_embed_type=text: .* added to the time"),
+        ({"dual_cross_attention": True}, "dual_cross_attention=True: .* beside the text"),
+        ({"attention_type": "gated"}, "attention_type=gated: .*GLIGEN"),
+    ],
+)
+def test_a_unet_that_asks_for_more_than_a_latent_a_time_and_text_is_refused_before_its_weights(folder, entries, says):
+    made = UNet2DConditionModel(**{**UNet2DConditionModel.load_config(folder / "unet"), **entries})
+    made.save_pretrained(folder / "unet")  # whole, and of one piece: nothing else is wrong with it
+    (folder / UNET).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{folder / 'unet'}: .*{says}.*; take a model of SD 1.x or 2.x"):
+        StableDiffusion.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ({"_class_name": "LCMScheduler"}, "LCMScheduler is for networks that were distilled.*take a model that DDIM"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is for networks"),
+        ({"clip_sample": True}, "clip_sample=true: .*write false"),
+        ({"thresholding": True}, "thresholding=true: .*write false"),
+        ({"timestep_spacing": "log"}, "timestep_spacing='log' is unknown; it may be leading, trailing or linspace"),
+        ({"trained_betas": [0.1]}, "trained_betas: 1 of them, for num_train_timesteps=1000"),
+        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "timestep 999 is noise alone.*leading"),
+    ],
+)
+def test_a_scheduler_that_ddim_cannot_follow_is_refused_by_name(folder, entries, says):
+    change(folder / "scheduler/scheduler_config.json", **entries)
+    with pytest.raises(InputError, match=f"{folder / 'scheduler'}: .*{says}"):
+        StableDiffusion.load(str(folder))
+
+
+def test_the_folders_spacing_is_followed_and_another_sampler_is_said(folder, caplog):
+    entries = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
+    change(folder / "scheduler/scheduler_config.json", **entries)
+    with caplog.at_level("INFO"):
+        schedule = StableDiffusion.load(str(folder)).schedule(50)
+    assert schedule.timesteps == tuple(range(999, 0, -20))
+    assert f"{folder / 'scheduler'}: names EulerDiscreteScheduler; here DDIM takes" in caplog.text
+
+
+def test_a_unet_from_elsewhere_was_trained_with_the_same_betas(folder, tiny_root, tmp_path):
+    other = Path(shutil.copytree(tiny_root, tmp_path / "other"))
+    change(other / "scheduler/scheduler_config.json", beta_end=0.02)
+    assert "was trained with other betas" in refused(folder, unet=str(other))
+    change(other / "scheduler/scheduler_config.json", _class_name="TCDScheduler")
+    assert "TCDScheduler is for networks" in refused(folder, unet=str(other))
 
 
 def test_weights_of_another_shape_are_refused(folder):

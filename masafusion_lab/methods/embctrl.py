@@ -41,14 +41,14 @@ class EmbCtrl(Method):
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
         """The batch with (12) as its target prompts. Raises InputError for prompts that have no places in common."""
         n, tokenizer, maps = model.length, model.tokenizer, []
-        for source, target in zip(given.texts["source"], given.texts["target"], strict=True):
+        for source, target in zip(given.typed("source"), given.typed("target"), strict=True):
             M, new = words.refinement(tokenizer, source, target, n, by_place=self.align == "positional")
             if self.eos_pad == "target":
                 end = len(words.ids(tokenizer, target, n)) - 1
                 M[:, end:], new[end:] = 0, 1
             maps.append((M, new))
-        M, new = (torch.stack(y).to(given.prompts["target"]) for y in zip(*maps, strict=True))
-        mixed = M.mT @ given.prompts["source"] + new[..., None] * given.prompts["target"]  # (12)
+        M, new = (torch.stack(y).to(given.text("target")) for y in zip(*maps, strict=True))
+        mixed = M.mT @ given.text("source") + new[..., None] * given.text("target")  # (12)
         return replace(given, prompts={**given.prompts, "target": mixed})
 
     def plan(self, sites: Sequence[Site], steps: int) -> Plan:

@@ -32,6 +32,7 @@ class Glide(Method):
     """What becomes of the decoded picture outside the region: it is left, or the source's pixels are put there."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.backend == "glide":
             raise InputError(
                 "method.backend=glide: the published GLIDE networks are not supported (pixel-space networks of another "

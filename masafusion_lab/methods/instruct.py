@@ -53,7 +53,7 @@ class InstructPix2Pix(Method):
         """The edit as data; see `Method`."""
         latents = picture(model, given) / model.vae.config.scaling_factor  # as it was trained: not scaled
         given = replace(given, extra={"picture": latents, "nothing": torch.zeros_like(latents)})
-        own = model.schedule(len(schedule), "linspace")
+        own = model.schedule(len(schedule), even=True)
         start = (1 - own.level(0)) ** 0.5 * x  # noise alone, not the state of a picture
         return Course(self.plan(model.sites, len(own)), {"target": start}, given, schedule=own)
 

@@ -77,7 +77,7 @@ class PlugAndPlay(Method):
 
     def prepare(self, model: StableDiffusion, given: Given, schedule: Schedule) -> Given:
         """The batch with the embeddings of the negative prompt."""
-        source = given.prompts["source"]
+        source = given.text("source")
         negative = model.embed([self.negative]).expand_as(source) if self.negative else source
         return replace(given, prompts={**given.prompts, "negative": negative})
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.attention import Tap
+from masafusion_lab.choices import Checked
 from masafusion_lab.fusion import NO_REGION, Plan
-from masafusion_lab.given import Given
+from masafusion_lab.given import Given, fits
 from masafusion_lab.lockstep import Course, State
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -62,10 +63,11 @@ def inside(given: Given) -> Tensor:
     return given.mask
 
 
-class Method:
+class Method(Checked):
     """Edits a batch. Its call is one `lockstep`, which it gives as data: a sweep can share its rows with others.
 
     `plan` and `prepare` raise InputError for what cannot be; every case is checked by them before any is computed.
+    A setting that is none of its choices is one when the method is made.
     """
 
     @property
@@ -85,6 +87,12 @@ class Method:
         """What its call gives `lockstep`; x (B, C, h, w) is the case's Gaussian noise."""
         raise NotImplementedError
 
+    def check(self, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> None:
+        """Raise InputError for a record or a batch of other steps, sizes or pictures than x (B, C, h, w) has."""
+        given.check(len(schedule), x.shape)
+        if self.needs.inversion:
+            fits("the record's states", source.states, (len(schedule) + 1, *x.shape))
+
     def __call__(
         self,
         model: StableDiffusion,
@@ -95,5 +103,9 @@ class Method:
         schedule: Schedule,
         taps: Sequence[Tap] = (),
     ) -> Iterator[State]:
-        """Yield the states of the denoising, T at most; the last one's `x["target"]` is the edited x_0."""
+        """Yield the states of the denoising, T at most; the last one's `x["target"]` is the edited x_0.
+
+        Raises InputError for what does not fit together; see `check`.
+        """
+        self.check(given, source, x, schedule=schedule)
         yield from self.course(model, given, source, x, schedule=schedule).run(model, schedule=schedule, taps=taps)
