@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,7 @@ class NullTextInversion(L.LightningModule):
         self.register_buffer("x", torch.cat([goal[:1], torch.zeros_like(goal[1:])]))
         self.path: Path | None = None
         self.key, self.done, self.check, self.place = "", 0, lambda: None, 0
+        self.spent, self.began = 0.0, time.monotonic()  # seconds of processes before this one
         # float16 loses the gradient of a mean (about 1e-7): that of about the sum is sent through the UNet instead
         self.scale = 2.0 ** goal[0, 0].numel().bit_length() if model.dtype == torch.float16 else 1.0
 
@@ -192,9 +194,10 @@ class NullTextInversion(L.LightningModule):
                 self.trainer.save_checkpoint(partial)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the progress is of, and how far it is."""
-        checkpoint |= {"key": self.key, "done": self.done}
+        """What the progress is of, how far it is, and the seconds that it took."""
+        seconds = self.spent + time.monotonic() - self.began
+        checkpoint |= {"key": self.key, "done": self.done, "seconds": seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """How far it was."""
-        self.done = checkpoint["done"]
+        """How far it was, after how many seconds."""
+        self.done, self.spent = checkpoint["done"], checkpoint.get("seconds", 0.0)

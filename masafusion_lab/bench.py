@@ -6,9 +6,9 @@ FOLDER/results.parquet, table.*, report.html   made anew from them at the end
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,11 +19,15 @@ from typing import Any
 from masafusion_lab import InputError, config, interrupt, phases, protocol, request
 from masafusion_lab.data import sets
 from masafusion_lab.data.case import Case
+from masafusion_lab.data.digests import check_inputs
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build, changes, chosen
 from masafusion_lab.loading import choose_device
+from masafusion_lab.memory import release
+from masafusion_lab.once import Once
 from masafusion_lab.protocol import Protocol
-from masafusion_lab.runs import begin_case, case_folder, is_done, read_json, write_json
+from masafusion_lab.results import Changed, damage, fail_case, of_settings
+from masafusion_lab.runs import case_folder, read_json
 from masafusion_lab.scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -102,14 +106,30 @@ def read(files: Iterable[Path], words: Iterable[str], quick: bool = False) -> tu
 
 
 def of(base: config.Experiment, rows: Mapping[str, config.Experiment]) -> tuple[config.Experiment, Benchmark]:
-    """The experiment with its folder, and its benchmark. Raises InputError for cases that cannot be used."""
+    """The experiment with its folder, and its benchmark. Raises InputError for cases that cannot be used.
+
+    And Changed, without `force`, where the folder holds results of other pictures or prompts under the same settings.
+    """
     folder = Path(base.out)
     turns = ("single", "multi") if base.bench.turns == "both" else (base.bench.turns,)
     usual = {key: getattr(base, key) for key in config.PROMPTS}
     found = sets.cases(base.bench, folder, Path(base.pidinet) if base.pidinet else None, usual)
     if turns == ("multi",) and not any(case.session for case in found):
         raise InputError("bench.turns=multi: there are no sessions; raise bench.sessions, or take bench.turns=single")
-    return base, Benchmark(folder, rows, found, turns, protocol.of(base.bench))
+    made = Benchmark(folder, rows, found, turns, protocol.of(base.bench))
+    if not base.force:
+        _check_inputs(made)
+    return base, made
+
+
+def _check_inputs(bench: Benchmark) -> None:
+    """Raise Changed for a result made of other inputs; a later turn's picture is the run's own, and may be another."""
+    ask = Once()
+    for name, row in bench.rows.items():
+        settings = changes(row, *chosen(row))
+        for cell in bench.cells(name):
+            if cell.before is None:
+                check_inputs(cell.case, bench.at(cell), changed=settings, ask=ask)
 
 
 def edit(
@@ -124,16 +144,21 @@ def edit(
     with _unwarned():
         for batch in track([batch for name in bench.rows for batch in _batches(name, bench)], "editing"):
             interrupt.check()
-            row = bench.rows[batch[0].row]
-            lab, ready = lab_of(batch[0].row, row), []
-            for cell in batch:
-                if isinstance(lab, str):
-                    if error_of(bench.at(cell), row) is not None:
-                        _fail(bench.at(cell), lab, bench.folder)
-                elif (case := _started(bench, cell)) is not None:
-                    ready.append((cell, case))
-            if isinstance(lab, Lab) and ready:
-                _edit(lab, bench, ready)
+            _edit_batch(bench, batch, lab_of)  # which keeps no lab: the next row's model may need its room
+
+
+def _edit_batch(bench: Benchmark, batch: Sequence[Cell], lab_of: Callable[[str, config.Experiment], Lab | str]) -> None:
+    """Edit cells of one row, or put on record why they have no lab or no picture to start from."""
+    row = bench.rows[batch[0].row]
+    lab, ready = lab_of(batch[0].row, row), []
+    for cell in batch:
+        if isinstance(lab, str):
+            if error_of(bench.at(cell), row) is not None:
+                fail_case(bench.at(cell), lab, bench.folder)
+        elif (case := _started(bench, cell)) is not None:
+            ready.append((cell, case))
+    if isinstance(lab, Lab) and ready:
+        _edit(lab, bench, ready)
 
 
 @contextmanager
@@ -167,16 +192,21 @@ def _together(row: config.Experiment) -> int:
 
 
 def labs_of_rows() -> Callable[[str, config.Experiment], Lab | str]:
-    """What gives the lab of a row, or why it has none; rows of one model, one after the other, share it."""
+    """What gives the lab of a row, or why it has none; rows of one model, one after the other, share it.
+
+    Another model is read when nothing holds the one before any more.
+    """
     last: dict[str, Any] = {}
 
     def lab(name: str, row: config.Experiment) -> Lab | str:
         if last.get("row") != name:
             log.info("row %r", name)
             of_model = row.model, config.method(row).needs.network
-            model = last.get("model") if last.get("settings") == of_model else None
+            if last.get("settings") != of_model:
+                last.clear()
+                release()
             try:
-                last["lab"] = build(row, model=model)
+                last["lab"] = build(row, model=last.get("model"))
                 last["model"], last["settings"] = last["lab"].model, of_model
             except InputError as error:
                 log.warning("row %r: %s", name, error)
@@ -195,19 +225,20 @@ def _started(bench: Benchmark, cell: Cell) -> Case | None:
     files = read_json(before / "result.json").get("files", ())
     picture = next((name for name in RESULTS if name in files), None)
     if picture is None:
-        _fail(bench.at(cell), f"turn {cell.before.turn} of its session has given no picture", bench.folder)
+        fail_case(bench.at(cell), f"turn {cell.before.turn} of its session has given no picture", bench.folder)
         return None
     return replace(cell.case, image=before / picture)
 
 
 def _edit(lab: Lab, bench: Benchmark, ready: Sequence[tuple[Cell, Case]]) -> None:
     """Edit cases together; if that fails one by one, and what fails then is put on record."""
-    places = [bench.at(cell) for cell, _ in ready]
+    places, first = [bench.at(cell) for cell, _ in ready], ready[0][0]
+    force = bench.rows[first.row].force or first.before is not None  # a later turn follows what the turn before gave
     try:
         if len(ready) > 1:
-            phases.edit(lab, [case for _, case in ready], places[0].parent)
+            phases.edit(lab, [case for _, case in ready], places[0].parent, force=force)
         else:
-            phases.edit(lab, [ready[0][1]], places[0])
+            phases.edit(lab, [ready[0][1]], places[0], force=force)
     except Exception as error:
         if _is_everybodys(error):
             raise
@@ -216,34 +247,30 @@ def _edit(lab: Lab, bench: Benchmark, ready: Sequence[tuple[Cell, Case]]) -> Non
                 _edit(lab, bench, [one])
             return
         log.warning("%s, %s: %s", ready[0][0].row, ready[0][1].id, error, exc_info=error)
-        _fail(places[0], f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}", bench.folder)
+        why = f"{'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}"
+        fail_case(places[0], why, bench.folder)
     else:
         for place in places:
             (place / "error.json").unlink(missing_ok=True)
 
 
 def _is_everybodys(error: Exception) -> bool:
-    """Whether it is the machine that fails: a disk that is full, a folder that may not be written."""
+    """Whether it is the machine that fails (a disk is full, a folder may not be written), or a result must stay."""
     cause = error.__cause__ if isinstance(error, InputError) else error
-    return isinstance(cause, OSError) and cause.errno is not None
-
-
-def _fail(place: Path, why: str, root: Path) -> None:
-    """Put on record that a case has no result, and why."""
-    begin_case(place)
-    write_json(place / "error.json", {"error": " ".join(why.replace(str(root), "").split())[:500]})
+    return isinstance(error, Changed) or (isinstance(cause, OSError) and cause.errno is not None)
 
 
 def error_of(place: Path, row: config.Experiment) -> str | None:
     """Why a case has no result under the settings of its row; None if it has one."""
     if said := read_json(place / "error.json").get("error"):
         return str(said)
-    result = read_json(place / "result.json")
-    if not is_done(place, result.get("key", "")):
+    if not (place / "result.json").is_file():
         return "not edited yet"
-    aside = {"batch": None, "model.device": None}
-    same = json.loads(json.dumps(changes(row, *chosen(row)))) | aside == result["changed"] | aside
-    return None if same else "edited under other settings; run the benchmark again"
+    if why := damage(place):
+        return f"{why.replace(f'{place}{os.sep}', '')}; run the benchmark again"
+    if not of_settings(place, changes(row, *chosen(row))):
+        return "edited under other settings; run the benchmark again"
+    return None
 
 
 def score(bench: Benchmark, scorer: Scorer, *, again: bool = False, track: Track = silent) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from masafusion_lab.data.case import Case
 from masafusion_lab.editor import Edited, Item
 from masafusion_lab.maps import Attention
 from masafusion_lab.report import NAMES, picture, report, strip
-from masafusion_lab.runs import begin_case, finish_case, is_done, write_picture
+from masafusion_lab.results import begin_case, finish_case, is_done
+from masafusion_lab.runs import write_picture
 from masafusion_lab.tracking import log_curves, log_pictures, log_table
 from masafusion_lab.watch import Watch, Watching
 
@@ -31,7 +32,7 @@ class Job:
 
     `key`: of its result; `record`: of its inversion in the store; `kin`: what cases of one batch share (size, kinds of
     hint, whether there is a mask); `original`: width and height before it was resized; `place`: its number among the
-    cases of its run.
+    cases of its run; `inputs`: see `digests.inputs`.
     """
 
     case: Case
@@ -41,17 +42,22 @@ class Job:
     kin: tuple[Any, ...]
     original: tuple[int, int]
     place: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Results(L.Callback):
     """Writes each case's folder the moment its batch is done: pictures, report.html, and last result.json.
 
-    `facts` are what all results say; `found`: case id -> whether its inversion was in the store; `seconds` of one that
-    was not.
+    `facts` are what all results say; `found`: case id -> whether its inversion was in the store; `seconds` gives those
+    of a record by its key, None where they are not known.
     """
 
     def __init__(
-        self, jobs: Mapping[str, Job], facts: Mapping[str, Any], found: Mapping[str, bool], seconds: float
+        self,
+        jobs: Mapping[str, Job],
+        facts: Mapping[str, Any],
+        found: Mapping[str, bool],
+        seconds: Callable[[str], float | None],
     ) -> None:
         self.jobs, self.facts, self.found, self.seconds = jobs, facts, found, seconds
 
@@ -76,18 +82,20 @@ class Results(L.Callback):
         begin_case(job.folder)
         for name, image in pictures.items():
             write_picture(job.folder / f"{name}.png", image)
-        inverting = 0.0 if self.found[item.id] else self.seconds
+        inverting = self.seconds(job.record)
         result = {
             "case": item.id,
             "key": job.key,
             "prompts": {"source": item.source, "target": item.target, "instruction": job.case.instruction},
+            "inputs": job.inputs,
             **self.facts,
             "dtype": edited.dtype,
             "size": pictures["source"].size,
             "original_size": job.original,
             "rows": edited.rows,
-            "seconds": {"invert": inverting, **edited.seconds},
+            "seconds": {"invert": 0.0 if self.found[item.id] else inverting or 0.0, **edited.seconds},
             "from_store": self.found[item.id],
+            "inversion_seconds": inverting,
             "reconstruction_psnr": edited.psnr["reconstruction"],
             "roundtrip_psnr": edited.psnr["roundtrip"],
             "peak_memory_gb": peak_memory_gb(),

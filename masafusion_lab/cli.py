@@ -11,7 +11,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import rich
 import typer
@@ -19,12 +19,9 @@ from rich.text import Text
 
 from masafusion_lab import InputError, config, interrupt, request, upkeep
 from masafusion_lab.manual import WithKeys, complete
-from masafusion_lab.progress import Spoken, Voice, bar, console
+from masafusion_lab.progress import Lost, Spoken, Voice, bar, console
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
-
-if TYPE_CHECKING:
-    from masafusion_lab.data.case import Case
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +51,10 @@ app = typer.Typer(
 
 @app.command(cls=WithKeys)
 def edit(words: Words = None, files: Files = None, print_config: Printed = False) -> None:
-    """Edit a picture: invert it, or find its inversion in the store, and leave a folder of pictures and facts."""
+    """Edit a picture: invert it, or find its inversion in the store, and leave a folder of pictures and facts.
+
+    A case of several that cannot be edited stops no other; exit status 1 if there was one.
+    """
     experiment = replace(read(words or (), files or ()), axes={})  # of a sweep's file one point
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
@@ -68,13 +68,15 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
     lab = phases.build(experiment, track=bar)
     with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         watching = [Attend(Watch(), every)] if (every := experiment.tracking.attention) else []
-        folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching)
+        how: dict[str, Any] = {"force": experiment.force, "lost": (lost := Lost(len(cases)))}
+        folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=watching, **how)
     typer.echo(folder)
     for each in folders:
         result = read_json(each / "result.json")
         seconds = ", ".join(f"{phase} {spent:.1f} s" for phase, spent in result["seconds"].items())
         psnr = float(result["reconstruction_psnr"])
         typer.echo(f"{result['case']}: {seconds}; {result['rows']} UNet rows; reconstruction {psnr:.1f} dB")
+    lost.end()
 
 
 @app.command(cls=WithKeys)
@@ -108,10 +110,12 @@ def attend(
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
     with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
-        seen = Attend(watch, keep=keep)
-        folders = phases.edit(lab, cases, folder, loggers=loggers, callbacks=[seen], whole=lambda f: is_kept(f, watch))
+        how: dict[str, Any] = {"force": experiment.force, "lost": (lost := Lost(len(cases)))}
+        how |= {"loggers": loggers, "callbacks": [Attend(watch, keep=keep)], "whole": lambda f: is_kept(f, watch)}
+        folders = phases.edit(lab, cases, folder, **how)
     for each in folders:
         typer.echo(each / "attention.html")
+    lost.end()
 
 
 @app.command(cls=WithKeys)
@@ -127,23 +131,16 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
     from masafusion_lab import phases, tracking
     from masafusion_lab.launch import launch
 
-    cases, lost = cases_of(experiment), list[str]()
-    lab = phases.build(experiment, track=bar)
-
-    def told(case: Case, error: InputError) -> None:
-        lost.append(case.id)
-        log.warning("%s: %s", case.id, error)
-
+    cases = cases_of(experiment)
+    lab, lost = phases.build(experiment, track=bar), Lost(len(cases))
     with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
         if experiment.launch.by != "here":
             lab.model.rest()
             launch("invert", folder, experiment.launch, experiment.model.device, items=len(cases), track=bar)
-        for case, _, found in phases.invert(lab, cases, loggers=loggers, lost=told if len(cases) > 1 else None):
+        for case, _, found in phases.invert(lab, cases, loggers=loggers, lost=lost if len(cases) > 1 else None):
             typer.echo(f"{case.id}: {'was in the store' if found else 'inverted'}")
     typer.echo(lab.store.root)
-    if lost:
-        log.warning("%d of %d pictures could not be used: %s", len(lost), len(cases), ", ".join(lost))
-        raise typer.Exit(1)
+    lost.end()
 
 
 @app.command(cls=WithKeys)
@@ -160,7 +157,7 @@ def sweep(words: Words = None, files: Files = None, print_config: Printed = Fals
 
     cases = cases_of(experiment)
     lab = phases.build(experiment, track=bar)
-    with recorded(experiment) as folder, tracking.recording(experiment, folder) as loggers:
+    with recorded(experiment, weights=lab.model.weights) as folder, tracking.recording(experiment, folder) as loggers:
         found = run(experiment, cases, folder, lab=lab, track=bar, loggers=loggers, told=lambda f: typer.echo(f.said))
     typer.echo(f"recommended: {found.best.point if found.best else 'none'}")
     typer.echo(folder / "report.html")

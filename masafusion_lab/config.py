@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from masafusion_lab import InputError, keys
 from masafusion_lab.axes import Launch, Sweep
+from masafusion_lab.choices import Checked
 from masafusion_lab.configfile import Text, dump, read_words, read_yaml, short
 from masafusion_lab.protocol import Bench
 from masafusion_lab.region import Region
 
 
 @dataclass
-class Model:
+class Model(Checked):
     """Which model, and how it is run."""
 
     path: str = "picturebook"
@@ -39,7 +40,7 @@ class Model:
 
 
 @dataclass
-class Tracking:
+class Tracking(Checked):
     """Where a run is recorded, beside its folder."""
 
     mode: Literal["auto", "online", "offline", "off"] = "auto"

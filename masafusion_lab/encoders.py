@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from masafusion_lab import InputError
-from masafusion_lab.hub import PICTUREBOOK, Files, check_weights, find, one_line
+from masafusion_lab.hub import PICTUREBOOK, Files, check_weights, find, one_line, sha256
 from masafusion_lab.loading import quiet, weights
-from masafusion_lab.model import sha256
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

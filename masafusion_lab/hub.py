@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from masafusion_lab import InputError
 from masafusion_lab.picturebook import MODEL as PICTUREBOOK
@@ -168,9 +170,35 @@ def damaged(folder: Path) -> list[str]:
     return [name for known, name in lines if not (folder / name).is_file() or fingerprint([folder / name]) != known]
 
 
+def fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
+    """The sha256 of each file. Raises InputError for one that is not what the hub's cache, which names it so, says."""
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        found = dict(zip(files, pool.map(lambda file: fingerprint([file]), files.values()), strict=True))
+    for name, file in files.items():
+        if re.fullmatch("[0-9a-f]{64}", blob := file.resolve().name) and blob != found[name]:
+            raise InputError(f"{file}: is damaged, not what was downloaded; remove {file.resolve()} to have it anew")
+    return found
+
+
 def fingerprint(files: Iterable[Path]) -> str:
-    """The sha256 of files, one after the other."""
+    """The sha256 of files, one after the other; of each no more than a piece is in memory."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for path in files:
+        with open(path, "rb") as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
     return digest.hexdigest()
+
+
+def sha256(module: torch.nn.Module) -> str:
+    """The sha256 of a module's tensors, by name, type, shape and bytes."""
+
+    def one(item: tuple[str, Tensor]) -> bytes:
+        name, value = item
+        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return hashlib.sha256(
+            f"{name} {value.dtype} {tuple(value.shape)}".encode() + hashlib.sha256(data).digest()
+        ).digest()
+
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+        return hashlib.sha256(b"".join(pool.map(one, sorted(module.state_dict().items())))).hexdigest()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from masafusion_lab import InputError
+from masafusion_lab.choices import Checked
 from masafusion_lab.fusion import Branch, Plan
-from masafusion_lab.given import Given
+from masafusion_lab.given import Given, fits
 from masafusion_lab.lockstep import NotFinite, lockstep
 from masafusion_lab.model import StableDiffusion
 from masafusion_lab.schedule import Schedule
@@ -30,11 +31,13 @@ class Inversion:
     """The record of B inverted pictures, all that an edit needs of them.
 
     `states` (T + 1, B, C, h, w), float32: what the source branch reads at state i, x_T first. `null` (T, B, n, d): the
-    null embedding of each step, where the inversion chose one, or None.
+    null embedding of each step, where the inversion chose one, or None. `spent`: seconds of processes before this one,
+    which were cut short.
     """
 
     states: Tensor
     null: Tensor | None = None
+    spent: float = 0.0
 
     def split(self) -> list[Inversion]:
         """The records of its pictures, one by one."""
@@ -45,7 +48,12 @@ class Inversion:
 
     @classmethod
     def stack(cls, records: Sequence[Inversion]) -> Inversion:
-        """The record of a batch; either all of its pictures have optimised null embeddings or none has."""
+        """The record of a batch; either all of its pictures have optimised null embeddings or none has.
+
+        Raises InputError for others, and for records of other steps or sizes than the first.
+        """
+        for record in records:
+            fits("a record's states", record.states[:, 0], records[0].states[:, 0].shape)
         nulls = [record.null for record in records if record.null is not None]
         if nulls and len(nulls) != len(records):
             raise InputError("records with and without null embeddings cannot be one batch: invert them alike")
@@ -103,7 +111,7 @@ def retrace(
 
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(Checked):
     """Direct inversion, Algorithm 3: the inverted states themselves, whose reconstruction error is zero."""
 
     name: ClassVar[str] = "direct"
@@ -123,8 +131,6 @@ class Direct:
         track: Track = silent,
     ) -> Inversion:
         """The record of pictures x0 (B, C, h, w) with source and empty embeddings text, empty (B, n, d)."""
-        if self.prompt not in ("source", "empty"):
-            raise InputError(f"inversion.prompt={self.prompt!r}: must be 'source' or 'empty'")
         under = text if self.prompt == "source" else empty
         return Inversion(invert(model, x0, under, schedule, w=self.inverse_guidance, null=empty, track=track))
 
@@ -168,6 +174,7 @@ class Npi(Direct):
     """w of the resimulation, which matters only with an interpolation; the edit should use the same."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.interpolation <= 1:
             raise InputError(f"inversion.interpolation={self.interpolation:g}: must be in [0, 1]")
 

@@ -9,10 +9,10 @@ import logging
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from masafusion_lab import InputError, words
 from masafusion_lab.attention import Step, install
+from masafusion_lab.hub import fingerprints, sha256
 from masafusion_lab.loading import choose_device, choose_dtype, read
 from masafusion_lab.network import SUFFIX
 from masafusion_lab.residual import sharing
-from masafusion_lab.schedule import Schedule, Spacing
+from masafusion_lab.schedule import Schedule
 from masafusion_lab.sites import Site
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class StableDiffusion:
     """UNet, autoencoder, text encoder and adapters of one model, with their conventions of pixels and text.
 
     `offload`: every part stays in main memory but while it is used. `suffix`: how its UNet, if one of graded rewards,
-    is told to do its best. One thread at a time.
+    is told to do its best; `files`: of its weights. One thread at a time.
     """
 
     unet: Any
@@ -58,6 +59,7 @@ class StableDiffusion:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     offload: bool = False
     suffix: str = SUFFIX
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Freeze every part, put it where it belongs, and install the attention processor."""
@@ -134,9 +136,9 @@ class StableDiffusion:
             near = " or ".join(f"{w}x{h}" for w, h in itertools.product(*map(sorted, sizes)))
             raise InputError(f"{width}x{height}: both sides must be multiples of {m} for this model; take {near}")
 
-    def schedule(self, steps: int = 50, spacing: Spacing = "leading") -> Schedule:
+    def schedule(self, steps: int = 50, *, even: bool = False) -> Schedule:
         """The model's noise schedule in `steps` DDIM steps; see `Schedule.from_config`."""
-        return Schedule.from_config(self.config, steps, spacing)
+        return Schedule.from_config(self.config, steps, even=even)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -242,10 +244,11 @@ class StableDiffusion:
                 self._digests[part] = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
 
-    @property
-    def weights(self) -> str:
-        """The digest of all of its parts."""
-        return self.digest(("unet", "vae", "text_encoder", *sorted(self.adapters)))
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Digests: "model" of all of its parts, and of each file, of all its bytes. Raises InputError for a bad one."""
+        parts = "unet", "vae", "text_encoder", *sorted(self.adapters)
+        return {"model": self.digest(parts), **fingerprints(self.files)}
 
     def rest(self) -> None:
         """Leave a GPU to others: every part goes to main memory, and is back only while it is used."""
@@ -284,17 +287,3 @@ def compile_blocks(unet: torch.nn.Module) -> None:
     for module in unet.modules():
         if isinstance(module, FeedForward | ResnetBlock2D):
             module.compile()
-
-
-def sha256(module: torch.nn.Module) -> str:
-    """The sha256 of a module's tensors, by name, type, shape and bytes."""
-
-    def one(item: tuple[str, Tensor]) -> bytes:
-        name, value = item
-        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return hashlib.sha256(
-            f"{name} {value.dtype} {tuple(value.shape)}".encode() + hashlib.sha256(data).digest()
-        ).digest()
-
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
-        return hashlib.sha256(b"".join(pool.map(one, sorted(module.state_dict().items())))).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from masafusion_lab import InputError, __version__
-from masafusion_lab.algorithm2 import LOSSES, OPTIMIZERS, NullTextInversion, Steps
+from masafusion_lab.algorithm2 import NullTextInversion, Steps
+from masafusion_lab.choices import Checked
 from masafusion_lab.inversion import Direct, Inversion, Track, retrace, silent
 from masafusion_lab.lockstep import NotFinite
 from masafusion_lab.model import StableDiffusion
@@ -38,7 +40,7 @@ PROGRESS = "null_text.ckpt"
 
 
 @dataclass(frozen=True)
-class NullText:
+class NullText(Checked):
     """Settings of Algorithm 2; a field that is None takes the value of the preset."""
 
     name: ClassVar[str] = "null_text"
@@ -79,12 +81,6 @@ class NullText:
     @property
     def resolved(self) -> NullText:
         """These settings with every None replaced by the preset's value. Raises InputError for one that cannot be."""
-        choices: dict[str, Any] = {"preset": PRESETS, "loss": LOSSES, "optimizer": OPTIMIZERS}
-        choices |= {"keep": ("last", "guarded", "best", None), "lr_schedule": ("constant", "reference", None)}
-        choices |= {"precision": ("model", "float32"), "latents": ("resimulated", "inverted")}
-        for key, allowed in choices.items():
-            if (value := getattr(self, key)) not in allowed:
-                raise InputError(f"inversion.{key}={value!r}: must be one of {', '.join(filter(None, allowed))}")
         if self.inner_steps < 0 or (self.lr is not None and not 0 < self.lr < float("inf")):
             raise InputError(f"inversion.inner_steps={self.inner_steps}, lr={self.lr}: at least 0, and above 0")
         return replace(self, **{k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None})
@@ -154,6 +150,7 @@ def _run(
     options: Mapping[str, Any],
     folder: Path | None,
 ) -> Inversion:
+    began = time.monotonic()
     depends = __version__, asdict(settings), schedule.timesteps, model.dtype, sorted(options.items())
     key = hashlib.sha256(repr(depends).encode())
     for tensor in (x0, text, empty, schedule.abar):
@@ -173,6 +170,7 @@ def _run(
     with undisturbed(check), _checkpointing(model.unet, settings.checkpointing):
         module = NullTextInversion(model, goal, text, empty, schedule, settings)
         module.path, module.key, module.check, module.place = path, key.hexdigest(), check, place
+        module.began = began
         fit = make(model.device, options, loggers=loggers, callbacks=callbacks).fit
         steps = Steps(len(schedule), settings.inner_steps)
         fit(module, steps, ckpt_path=path if saved else None, weights_only=True if saved else None)
@@ -182,7 +180,7 @@ def _run(
         )
     _forget(folder)
     x = module.x if settings.latents == "resimulated" else module.goal
-    return Inversion(x.to(x0.device), torch.stack([e.detach() for e in module.null]).to(x0.device))
+    return Inversion(x.to(x0.device), torch.stack([e.detach() for e in module.null]).to(x0.device), module.spent)
 
 
 def _forget(folder: Path | None) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from masafusion_lab import InputError
+
+if TYPE_CHECKING:
+    from masafusion_lab.data.case import Case
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,24 @@ def bar(items: Iterable[Any], what: str) -> Iterator[Any]:
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=what)
+
+
+class Lost:
+    """The cases of so many that cannot be used, each told of as it is met, and all of them at the end."""
+
+    def __init__(self, of: int) -> None:
+        self.of, self.cases = of, list[str]()
+
+    def __call__(self, case: Case, error: InputError) -> None:
+        """Tell of one."""
+        self.cases.append(case.id)
+        log.warning("%s: %s", case.id, str(error).removeprefix(f"{case.id}: "))
+
+    def end(self) -> None:
+        """Say how many there were; exit status 1 if there was one."""
+        if self.cases:
+            log.warning("%d of %d cases could not be used: %s", len(self.cases), self.of, ", ".join(self.cases))
+            raise typer.Exit(1)
 
 
 class Spoken(logging.Handler):

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from masafusion_lab.choices import Checked
+
 
 @dataclass
-class Bench:
+class Bench(Checked):
     """Rows and cases of a benchmark."""
 
     data: Literal["picturebook", "magicbrush", "piebench", "folder"] = "picturebook"

@@ -126,7 +126,7 @@ def publish(
 def cost(bench: Benchmark) -> dict[str, float]:
     """By row the mean seconds of an edit, and of an inversion like its own, which another row may have stored.
 
-    A row is left out if no such inversion was timed, all being in the store before.
+    A row is left out if of no such inversion the seconds are known, as of those that earlier versions stored.
     """
     edits: dict[str, list[float]] = {}
     inversions: dict[str, list[float]] = {}
@@ -138,8 +138,11 @@ def cost(bench: Benchmark) -> dict[str, float]:
                 result = read_json(place / "result.json")
                 like[name] = json.dumps(result["inversion"], sort_keys=True)
                 edits.setdefault(name, []).append(sum(s for phase, s in result["seconds"].items() if phase != "invert"))
-                if not (reads and result["from_store"]):
-                    inversions.setdefault(like[name], []).append(result["seconds"]["invert"])
+                known = result.get("inversion_seconds")
+                if known is None and not (reads and result["from_store"]):
+                    known = result["seconds"]["invert"]
+                if known is not None:
+                    inversions.setdefault(like[name], []).append(known)
     return {name: fmean(its) + fmean(inversions[like[name]]) for name, its in edits.items() if like[name] in inversions}
 
 

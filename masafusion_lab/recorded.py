@@ -7,9 +7,9 @@ import secrets
 import shutil
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from masafusion_lab import InputError, config, interrupt
@@ -27,7 +27,9 @@ class RunLog(logging.FileHandler):
 
 
 @contextmanager
-def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weights: str = "") -> Iterator[Path]:
+def recorded(
+    experiment: config.Experiment, root: Path = Path("runs"), *, weights: Mapping[str, str] | None = None
+) -> Iterator[Path]:
     """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
 
     It is `out`, or a new one below `root`; `weights`: see `Run`. Nothing is left of a new folder in which, because of
@@ -35,7 +37,7 @@ def recorded(experiment: config.Experiment, root: Path = Path("runs"), *, weight
     """
     from masafusion_lab.runs import Run, explained
 
-    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(experiment.out) if experiment.out else root / now
     new, entered = not folder.exists(), False
     package = logging.getLogger("masafusion_lab")

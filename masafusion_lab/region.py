@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from masafusion_lab.choices import Checked
+
 
 @dataclass(frozen=True)
-class Region:
+class Region(Checked):
     """How the region A, in latent cells, comes from a mask, and a mask from two sketches."""
 
     downsample: Literal["max", "area", "nearest"] = "max"

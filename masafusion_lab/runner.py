@@ -27,15 +27,8 @@ from masafusion_lab.inversion import Inversion, Track, silent
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.lockstep import Course, State
 from masafusion_lab.once import Ask, Once
-from masafusion_lab.runs import (
-    begin_case,
-    finish_case,
-    is_done,
-    read_json,
-    replacing,
-    write_json,
-    write_picture,
-)
+from masafusion_lab.results import begin_case, finish_case, stays_done
+from masafusion_lab.runs import read_json, replacing, write_json, write_picture
 from masafusion_lab.shared import Shared, is_shareable, share
 from masafusion_lab.survey import Point, Survey
 
@@ -58,9 +51,9 @@ class Work:
 
     @property
     def is_settled(self) -> bool:
-        """Whether its result is there, or on record that it failed."""
+        """Whether its result is there, whole, or on record that it failed; a damaged result goes, with a warning."""
         failed = read_json(self.job.folder / "error.json").get("key") == self.job.key
-        return failed or is_done(self.job.folder, self.job.key)
+        return failed or stays_done(self.job.folder, self.job.key)
 
     def states(self) -> Iterator[State]:
         """Its denoising by itself."""
@@ -135,6 +128,7 @@ class Runner:
                     inverted.add(job.record)
                 item = phases.Batches(lab, [job]).item(job)
                 work.call = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, ask=self.ask).ready([item])
+                lab.method.check(*work.call, schedule=lab.schedule)
                 course = lab.method.course(lab.model, *work.call, schedule=lab.schedule)
                 course.check(steps=len(lab.schedule), layers=self.layers)
                 work.course = course if is_shareable(course) else None
@@ -215,8 +209,7 @@ class Runner:
             return
         begin_case(job.folder)
         write_picture(job.folder / "target.png", edited)
-        result = {"case": job.case.id, "point": work.point.values, "key": job.key}
-        (job.folder / "error.json").unlink(missing_ok=True)
+        result = {"case": job.case.id, "point": work.point.values, "key": job.key, "inputs": job.inputs}
         finish_case(job.folder, {**result, "changed": lab.changed, "files": ["target.png"]})
 
 
@@ -257,7 +250,7 @@ def under_way(path: Path) -> list[str]:
 @contextmanager
 def hushed() -> Iterator[None]:
     """Without the notes and warnings on a case that every point would repeat."""
-    loggers = [logging.getLogger(f"masafusion_lab.{name}") for name in ("phases", "data.pictures", "lab")]
+    loggers = [logging.getLogger(f"masafusion_lab.{name}") for name in ("phases", "inverting", "data.pictures", "lab")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -170,38 +170,19 @@ def case_folder(root: Path, case_id: str) -> Path:
     return Path(root) / f"{slug or 'case'}-{hashlib.sha256(case_id.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
-def begin_case(folder: Path) -> None:
-    """Make the folder; a case that was done in it is no longer, so that its files may be replaced one by one."""
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-
-
-def finish_case(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write result.json, the last file of a case: with "key", its configuration's digest, and "files", their names."""
-    if missing := [name for name in result["files"] if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder}: {result['key']} is not finished without {', '.join(missing)}")
-    write_json(folder / "result.json", result)
-
-
-def is_done(folder: Path, key: str) -> bool:
-    """Whether the folder holds a case finished under this key, with all of its files."""
-    result = read_json(folder / "result.json")
-    files = result.get("files")
-    return result.get("key") == key and isinstance(files, list) and all((folder / str(f)).is_file() for f in files)
-
-
 class Run:
     """A folder while one process writes one configuration's results into it: config.yaml, state.json, and the rest.
 
     state.json holds "state" (running, done, interrupted, failed), "pid", "started" and "ended" (UTC), and "error".
     Entering raises InputError if another process is writing there, or if, without `force`, the folder was begun under a
-    configuration that differs in more than INDIFFERENT, holds results of other `weights` (a model's digest; "": not
+    configuration that differs in more than INDIFFERENT, holds results of other `weights` (digests by name; none: not
     looked at), or holds things that no run wrote. Lock and state of a process that died are taken over.
     """
 
-    def __init__(self, folder: Path, config_text: str, force: bool = False, weights: str = "") -> None:
-        self.folder, self.config_text, self.force, self.weights = Path(folder), config_text, force, weights
+    def __init__(
+        self, folder: Path, config_text: str, force: bool = False, weights: Mapping[str, str] | None = None
+    ) -> None:
+        self.folder, self.config_text, self.force, self.weights = Path(folder), config_text, force, dict(weights or {})
         self._lock = FileLock(self.folder / ".lock", thread_local=False)
         self._state: dict[str, Any] = {}
 
@@ -249,10 +230,13 @@ class Run:
                 raise InputError(
                     f"{self.folder}: holds {strange[0]}, which no run wrote; {REMEDY}, or force=true to write there"
                 )
-            other = self.weights and before.get("weights", self.weights) != self.weights
+            then = before.get("weights", {})
+            then = {"model": then} if isinstance(then, str) else then  # as versions before wrote it
+            other = [name for name in then if self.weights and then[name] != self.weights.get(name)]
             if other and any(self.folder.rglob("result.json")):
                 raise InputError(
-                    f"{self.folder}: was made with other weights, or in another precision: {REMEDY}, or force=true"
+                    f"{self.folder}: was made with other weights, or in another precision ({', '.join(other)}): "
+                    f"{REMEDY}, or force=true"
                 )
         if before.get("state") == "running":
             log.warning("%s: process %s died here; its run is taken up", self.folder, before.get("pid"))
@@ -278,7 +262,7 @@ class Run:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _texts(config: bytes) -> dict[str, Text]:

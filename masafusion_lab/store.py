@@ -66,13 +66,19 @@ class Store:
                 os.utime(self._path(key))
         return record
 
-    def put(self, key: str, record: Inversion, facts: Mapping[str, Any]) -> None:
-        """Store the record under the key; it is there whole or not at all."""
+    def put(self, key: str, record: Inversion, facts: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Store the record, which took so many seconds, under the key; it is there whole or not at all."""
         tensors = {"states": record.states} | ({} if record.null is None else {"null": record.null})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"format": str(FORMAT), "key": key, "facts": _canonical(facts)}
+        header |= {} if seconds is None else {"seconds": repr(seconds)}
         with replacing(self._path(key), REMEDY) as partial:
             partial.write_bytes(save(tensors, {**header, "sha256": _checksum(header, tensors)}))
+
+    def seconds(self, key: str) -> float | None:
+        """What the record took to compute; None if it is not there, or was stored before that was kept."""
+        said = _header(self._path(key)).get("seconds")
+        return None if said is None else float(said)
 
     @contextmanager
     def claim(self, key: str) -> Iterator[None]:
@@ -201,11 +207,19 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _facts(path: Path) -> Mapping[str, Any]:
+def _header(path: Path) -> Mapping[str, str]:
+    """What stands beside the tensors of a record; nothing where it cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["facts"])
-    except (OSError, SafetensorError, ValueError, KeyError):
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _facts(path: Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(_header(path)["facts"])
+    except (ValueError, KeyError):
         return {}
 
 

@@ -67,10 +67,14 @@ class Survey:
 
         A measure that has no value is not there; `missing` says why.
         """
+        from masafusion_lab.results import damage
+
         found = []
         for case, point in itertools.product(self.cases, self.points):
             folder = self.place(case, point)
             result, error = read_json(folder / "result.json"), read_json(folder / "error.json").get("error", "")
+            if result and (error := damage(folder) or ""):
+                result = {}
             values, missing = scorer.score(case, folder) if result else ({}, {})
             found.append(
                 {

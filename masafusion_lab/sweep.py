@@ -10,15 +10,17 @@ import torch
 
 from masafusion_lab import InputError, config, survey
 from masafusion_lab.data.case import Case
+from masafusion_lab.data.digests import check_inputs
 from masafusion_lab.forecast import Forecast, forecast
 from masafusion_lab.inversion import Track, silent
 from masafusion_lab.lab import Lab, build
 from masafusion_lab.landscape import columns, objective
 from masafusion_lab.launch import launch
 from masafusion_lab.metrics import measure
+from masafusion_lab.once import Once
 from masafusion_lab.protocol import of_sweep
 from masafusion_lab.runner import Runner
-from masafusion_lab.runs import write_text
+from masafusion_lab.runs import case_folder, write_text
 from masafusion_lab.scoring import Scorer, pair
 from masafusion_lab.search import search
 from masafusion_lab.surveypage import Findings, publish
@@ -38,9 +40,13 @@ def sweep(
 
     `told` hears what is planned before it runs; `lab`: that of the experiment, where it is built already. Any launcher
     but "here" wants the cases to be those that the experiment names. Raises InputError for axes and points that cannot
-    be, and for an axis that changes nothing.
+    be, for an axis that changes nothing, and, without `force`, for results of other pictures or prompts in the folder.
     """
     surveyed, goals = survey.read(experiment, cases, Path(folder)), objective(experiment.sweep.objective, cases)
+    ask = Once()
+    for case in cases:
+        for place in case_folder(surveyed.folder / "cases", case.id).glob("*/"):
+            check_inputs(case, place, force=experiment.force, ask=ask)
     if experiment.sweep.retry:
         survey.forgive(surveyed)
     runner = Runner(surveyed, lab or build(experiment, track=track), track=track)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +25,14 @@ from masafusion_lab import InputError, bench, benchpage, cli, config, interrupt,
 from masafusion_lab.data import sets
 from masafusion_lab.launch import Worker
 from masafusion_lab.methods import METHODS
+from masafusion_lab.model import StableDiffusion
 from masafusion_lab.protocol import PROTOCOLS
+from masafusion_lab.results import fail_case
 from masafusion_lab.runs import explained, replacing, write_parquet, write_text
 from masafusion_lab.scoring import Scorer
 from tests.kills import survive
 from tests.test_report import Page
+from tests.test_results import flip
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TURNS = 3
@@ -116,6 +120,19 @@ def test_what_is_done_is_not_done_again_and_rows_of_one_model_share_it(run, yaml
     assert len(labs) == 2
     assert len({id(lab.model) for lab in labs}) == 1
     assert repr(bench.score(made, Scorer.of(made.protocol, {}))) == repr(want)
+
+
+def test_the_model_of_a_row_is_gone_before_another_is_read(run, monkeypatch):
+    load, held, alive = StableDiffusion.load, [], []
+
+    def counted(*args, **options):
+        alive.append(sum(model() is not None for model in held))
+        held.append(weakref.ref(model := load(*args, **options)))
+        return model
+
+    monkeypatch.setattr(StableDiffusion, "load", counted)
+    run("one by one", "bench.rows.exact=method.name=plain model.compile=false model.tiling=true", fresh=True)
+    assert alive == [0, 0]
 
 
 def test_neither_order_nor_division_nor_batch_changes_a_pixel(run, yaml, whole, tmp_path):
@@ -353,9 +370,89 @@ def test_what_a_row_costs_counts_inversions_that_another_row_left_in_the_store(r
     edit = sum(spent for phase, spent in other["seconds"].items() if phase != "invert")
     assert found["too"] == pytest.approx(edit + result["seconds"]["invert"])
     assert found["ours (DI)"] == pytest.approx(sum(result["seconds"].values()))
-    result["from_store"] = True
-    made.place("ours (DI)", "single", made.cases[0]).joinpath("result.json").write_text(json.dumps(result))
+    for row in ("ours (DI)", "too"):  # as an earlier version left them, with the inversion in the store before
+        path = made.place(row, "single", made.cases[0]) / "result.json"
+        result = json.loads(path.read_text()) | {"from_store": True}
+        del result["inversion_seconds"]
+        path.write_text(json.dumps(result))
     assert publish.cost(made).keys() == {"plain"}  # nobody timed that inversion
+
+
+def test_what_a_row_costs_is_known_though_it_was_killed_between_inversion_and_edit(yaml, tmp_path, monkeypatch):
+    _, made = bench.read([yaml], [f"out={tmp_path / 'a'}", f"store={tmp_path / 'store'}", "bench.sessions=0"])
+
+    def killed(*args, **options):
+        raise interrupt.Interrupted(signal.SIGKILL)
+
+    for name in made.rows:
+        with monkeypatch.context() as patch:
+            patch.setattr(phases, "make", killed)  # the trainer
+            with pytest.raises(interrupt.Interrupted):
+                bench.edit(dataclasses.replace(made, rows={name: made.rows[name]}))
+    bench.edit(made)
+    for name in made.rows:
+        result = json.loads((made.place(name, "single", made.cases[0]) / "result.json").read_text())
+        assert result["from_store"]
+        assert result["seconds"]["invert"] == 0
+        edit = sum(result["seconds"].values())
+        assert publish.cost(made)[name] == pytest.approx(edit + result["inversion_seconds"])
+        assert publish.cost(made)[name] > edit
+    publish.publish(made, bench.score(made, Scorer.of(made.protocol, {})), Scorer.of(made.protocol, {}))
+    assert (made.folder / "plots/cost.png").is_file()
+
+
+def test_a_damaged_result_is_missing_when_scored_and_made_again(run, caplog):
+    made, _ = run("a")
+    place = made.place("plain", "single", made.cases[0])
+    whole = pictures(made)
+    flip(place / "target.png")
+    records = bench.score(made, Scorer.of(made.protocol, {}))
+    assert [r["error"] for r in records if r["error"]] == [
+        "target.png: is damaged: not what was written; run the benchmark again"
+    ]
+    assert publish.progress(made)["plain"].left == 1
+    caplog.clear()
+    bench.edit(made)
+    assert [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()] == [
+        f"{place / 'target.png'}: is damaged: not what was written; the case is made again"
+    ]
+    assert pictures(made) == whole
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A set of two files with a configuration of two rows over it."""
+    from tests.edits import drawn
+
+    (tmp_path / "set").mkdir()
+    for n in range(2):
+        drawn(shift=n).save(tmp_path / f"set/{n}.png")
+    (tmp_path / "set/cases.csv").write_text("image,source,target\n0.png,a cat,a dog\n1.png,a cat,a red dog\n")
+    words = ["bench.data=folder", f"bench.root={tmp_path / 'set/cases.csv'}", f"out={tmp_path / 'out'}", "size=48x32"]
+    return [*words, "bench.count=2", "bench.turns=single", "bench.only=plain", f"store={tmp_path / 'store'}"]
+
+
+def test_pictures_that_changed_since_are_refused_before_anything_is_computed(yaml, photographs, tmp_path):
+    from tests.edits import drawn
+
+    words = photographs
+    _, made = bench.read([yaml], words)
+    bench.edit(made)
+    before = pictures(made)
+    drawn(shift=9).save(tmp_path / "set/1.png")
+    with pytest.raises(InputError, match=r"^1: image: changed since .*; write elsewhere .*force=true"):
+        bench.read([yaml], words)
+    with pytest.raises(InputError, match="image: changed since"):  # nor is it put on record as a failure
+        bench.edit(made)
+    assert pictures(made) == before
+    assert not list(tmp_path.rglob("error.json"))
+    _, forced = bench.read([yaml], [*words, "force=true"])
+    bench.edit(forced)
+    after = pictures(forced)
+    assert [after[cell] == before[cell] for cell in before] == [True, False]
+    bench.read([yaml], words)
+    _, other = bench.read([yaml], [*words, "bench.rows.plain=method.name=plain method.guidance=2"])
+    bench.edit(other)
 
 
 def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_path):
@@ -530,11 +627,12 @@ def test_magicbrushs_own_script_finds_the_pictures_where_it_looks(run):
     for how, setting, turn in (("1", "single", 1), ("inde_2", "single", 2), ("iter_3", "multi", 3)):
         want = made.place("plain", setting, turns[turn - 1]) / "target.png"
         assert (folder / name / f"{name}_{how}.png").read_bytes() == want.read_bytes()
-    bench._fail(made.place("plain", "multi", turns[2]), "not finite", made.folder)  # its older picture lies there yet
+    fail_case(made.place("plain", "multi", turns[2]), "not finite", made.folder)  # its older picture lies there yet
     made.place("plain", "single", turns[1]).joinpath("target.png").unlink()
     publish.as_magicbrush(made)
     assert {p.stem.removeprefix(f"{name}_") for p in (folder / name).iterdir()} == {"1", "inde_3", "iter_2"}
-    assert bench.error_of(made.place("plain", "single", turns[1]), made.rows["plain"]) == "not edited yet"
+    why = bench.error_of(made.place("plain", "single", turns[1]), made.rows["plain"])
+    assert why == "target.png: is missing; run the benchmark again"
 
 
 def test_a_network_that_no_measure_looks_through_is_refused(yaml):

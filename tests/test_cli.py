@@ -357,7 +357,7 @@ def test_a_picture_that_cannot_be_used_stops_no_other(run, tmp_path, given):
     assert "a: inverted" in out
     assert "c: was in the store" in out, "it is the same picture"
     assert re.search(r"b: \S*b\.png: is damaged or cut short .*; copy it again", err)
-    assert "1 of 3 pictures could not be used: b" in err
+    assert "1 of 3 cases could not be used: b" in err
     assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "done"
 
 

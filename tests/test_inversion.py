@@ -103,6 +103,8 @@ def test_records_split_and_stack():
     assert Inversion.stack(Inversion(record.states).split()).null is None
     with pytest.raises(InputError, match="invert them alike"):
         Inversion.stack([record, Inversion(record.states)])
+    with pytest.raises(InputError, match="a record's states: is "):
+        Inversion.stack([record, Inversion(record.states[1:], record.null)])
 
 
 def test_progress_names_both_passes_and_counts_their_steps(tiny, batch):

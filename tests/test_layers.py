@@ -9,13 +9,13 @@ import masafusion_lab
 
 PACKAGE = Path(masafusion_lab.__file__).parent
 LAYERS = [
-    "schedule fusion given sites attention residual words hub axes metrics ranks protocol region configfile "
+    "schedule fusion given sites attention residual words hub axes metrics ranks protocol region choices configfile "
     "sources once memory",
     "lockstep shared model loading network contrast taps wordmaps encoders",
-    "inversion algorithm2 null_text trainer store runs interrupt",
+    "inversion algorithm2 null_text trainer store runs results interrupt",
     "methods",
     "data hints pidinet editor callbacks report tracking look heat maps watch figures explorer annotate",
-    "config keys request manual lab phases cli upkeep recorded progress doctor sync app web "
+    "config keys request manual lab batches inverting phases cli upkeep recorded progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage search clusters launch bench scoring tables benchpage "
     "publish",
 ]

@@ -115,6 +115,24 @@ def test_null_text_inversion_goes_on_after_a_signal_to_the_same_bits(tiny_root, 
     assert not list((tmp_path / "cut" / "progress").iterdir())
 
 
+def test_the_seconds_of_an_inversion_that_was_cut_short_are_all_counted(tiny_root, store, monkeypatch):
+    lab = make_lab(tiny_root, store, *NTI)
+    seconds = [100.0]
+    monkeypatch.setattr("masafusion_lab.algorithm2.time.monotonic", lambda: seconds[0])
+
+    class Slow(At):
+        def on_train_batch_end(self, *args):
+            seconds[0] += 1000
+            super().on_train_batch_end(*args)
+
+    with pytest.raises(interrupt.Interrupted), interrupt.handled():
+        list(phases.invert(lab, [case()], callbacks=[Slow(5, signal.SIGTERM)]))
+    ((_, _, found),) = phases.invert(lab, [case()])
+    ((entry),) = lab.store.entries()
+    assert not found
+    assert 3000 <= lab.store.seconds(entry.key) < 4000, "of three steps that were kept, and of the second process"
+
+
 def test_every_case_has_a_place_of_its_own_in_what_is_logged_however_the_run_was_cut(tiny_root, store, tmp_path):
     lab = make_lab(tiny_root, store, "inversion.name=null_text", "inversion.inner_steps=1")
     cases, logs = [case("a"), case("b", shift=3)], [Curve() for _ in range(3)]

@@ -21,12 +21,10 @@ from pyarrow import parquet
 from masafusion_lab import InputError, config
 from masafusion_lab.interrupt import Interrupted
 from masafusion_lab.recorded import recorded
+from masafusion_lab.results import begin_case, finish_case, is_done
 from masafusion_lab.runs import (
     Run,
-    begin_case,
     case_folder,
-    finish_case,
-    is_done,
     read_json,
     replacing,
     write_json,
@@ -303,19 +301,21 @@ def test_another_configuration_is_refused_by_its_differing_keys(tmp_path):
 
 
 def test_results_of_other_weights_are_not_replaced_without_a_word(tmp_path):
-    with Run(tmp_path, CONFIG, weights="old"):
+    old, new = {"model": "1", "vae/a": "2"}, {"model": "1", "vae/a": "3"}
+    with Run(tmp_path, CONFIG, weights=old):
         pass
-    with Run(tmp_path, CONFIG, weights="new"):  # nothing was made
+    with Run(tmp_path, CONFIG, weights=new):  # nothing was made
         write_json(tmp_path / "result.json", {})
-    for weights in ("new", ""):
+    for weights in (new, None, new):
         with Run(tmp_path, CONFIG, weights=weights):
             pass
-    with Run(tmp_path, CONFIG, weights="new"):
+    with pytest.raises(InputError, match=r"other weights.*\(vae/a\).*out=FOLDER, or force=true"):
+        Run(tmp_path, CONFIG, weights=old).__enter__()
+    with Run(tmp_path, CONFIG, force=True, weights=old):
         pass
-    with pytest.raises(InputError, match=r"other weights.*out=FOLDER, or force=true"):
-        Run(tmp_path, CONFIG, weights="old").__enter__()
-    with Run(tmp_path, CONFIG, force=True, weights="old"):
-        pass
+    write_json(tmp_path / "state.json", {"weights": "0"})  # as earlier versions said it
+    with pytest.raises(InputError, match=r"other weights.*\(model\)"):
+        Run(tmp_path, CONFIG, weights=old).__enter__()
 
 
 @pytest.mark.parametrize("broken", [b"\xff\0", b"a: &a [*a]", b"[" * 3000, b"!!python/object:os.system {}", b""])

@@ -55,6 +55,19 @@ def test_what_was_put_is_got_bit_for_bit(store, null):
     assert same(Store(store.root).get(key), record(3, null=null))
 
 
+def test_the_seconds_that_a_record_took_are_kept_with_it_and_old_ones_have_none(store):
+    facts = {"picture": 0}
+    key = store.key(facts)
+    assert store.seconds(key) is None
+    store.put(key, record(0), facts)
+    assert store.seconds(key) is None
+    store.put(key, record(0), facts, 12.5)
+    assert store.seconds(key) == 12.5
+    assert same(store.get(key), record(0))
+    flip(path_of(store, key), path_of(store, key).read_bytes().index(b"12.5"))
+    assert store.get(key) is None
+
+
 def test_a_part_of_a_batch_can_be_put(store):
     batch = Inversion.stack([record(0), record(1)])
     for number, part in enumerate(batch.split()):
@@ -70,9 +83,9 @@ def test_a_key_follows_the_facts_and_not_their_order(store, monkeypatch):
     assert key != store.key({"steps": 50, "lr": 2e-4, "prompt": "a: 🦄 ${b}"})
 
 
-def flip(path):
+def flip(path, at=-1):
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[at] ^= 1
     path.write_bytes(content)
 
 

@@ -92,7 +92,7 @@ class MasaCtrl(Method):
     def marks(self, model: StableDiffusion, given: Given) -> Tensor:
         """1 at the tokens of the words, (2, B, n), of source and target."""
         wanted = {"source": self.auto_source, "target": self.auto_target}
-        of_each = (words.marks(model.tokenizer, given.texts[side], its, model.length) for side, its in wanted.items())
+        of_each = (words.marks(model.tokenizer, given.typed(side), its, model.length) for side, its in wanted.items())
         return torch.stack(list(of_each)).to(model.device)
 
     def course(self, model: StableDiffusion, given: Given, source: Source, x: Tensor, *, schedule: Schedule) -> Course:

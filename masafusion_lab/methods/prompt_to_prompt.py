@@ -94,7 +94,7 @@ class PromptToPrompt(Method):
         aligned = words.refinement if self.edit == "refine" else words.replacement
         self.blend(model, given, steps)  # raises for its words
         made = []
-        for source, target in zip(given.texts["source"], given.texts["target"], strict=True):
+        for source, target in zip(given.typed("source"), given.typed("target"), strict=True):
             M, new = aligned(tokenizer, source, target, n, as_published=self.as_published)
             on, factor = torch.zeros(steps + 1, n), torch.ones(n)
             for word, window in {"": self.cross_window, **self.cross_words}.items():
@@ -106,7 +106,7 @@ class PromptToPrompt(Method):
                 factor[words.places(tokenizer, target, word, n)] = c
             follows = on[:steps] * factor
             made.append((M * follows[:, None], new * follows + 1 - on[:steps]))
-        theirs, own = (torch.stack(y, 1).to(given.prompts["target"]) for y in zip(*made, strict=True))
+        theirs, own = (torch.stack(y, 1).to(given.text("target")) for y in zip(*made, strict=True))
         return replace(given, words=Follow(theirs, own))
 
     def blend(self, model: StableDiffusion, given: Given, steps: int) -> LocalBlend | None:
@@ -115,7 +115,7 @@ class PromptToPrompt(Method):
             return None
 
         def marks(side: str, wanted: Sequence[str], strict: bool = True) -> Tensor:
-            return words.marks(model.tokenizer, given.texts[side], wanted, model.length, strict=strict).to(model.device)
+            return words.marks(model.tokenizer, given.typed(side), wanted, model.length, strict=strict).to(model.device)
 
         on = torch.stack([marks("source", self.blend_source), marks("target", self.blend_target)])
         off = torch.stack([marks("source", self.blend_without, strict=False), marks("target", self.blend_without)])

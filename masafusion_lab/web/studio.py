@@ -165,7 +165,7 @@ class Studio:
         from masafusion_lab import phases
         from masafusion_lab.callbacks import Attend, Told
         from masafusion_lab.explorer import is_kept, keep
-        from masafusion_lab.runs import is_done
+        from masafusion_lab.results import is_done
         from masafusion_lab.watch import Watch
 
         experiment, watch = config.load([folder / "config.yaml"]), Watch()
