@@ -182,9 +182,14 @@ def as_markdown(found: Sequence[Table]) -> str:
         ]
         for name, row in zip(table.names, cells(table), strict=True):
             texts = (f"**{text}**" if best else text.replace("*", "\\*") for text, best in row)
-            out.append(f"| {name.replace('|', '/')} | " + " | ".join(texts) + " |")
-        out += ["", caption(table), ""]
+            out.append(f"| {_unmarked(name)} | " + " | ".join(texts) + " |")
+        out += ["", _unmarked(caption(table)), ""]
     return "\n".join([*out, NOTE, ""])
+
+
+def _unmarked(text: str) -> str:
+    """A text in one line of Markdown in which nothing of it is markup, an entity or the end of a cell."""
+    return re.sub(r"([\\`*_{}\[\]<>|~&#$!])", r"\\\1", " ".join(text.split()))
 
 
 def as_csv(found: Sequence[Table]) -> str:
@@ -193,8 +198,14 @@ def as_csv(found: Sequence[Table]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(FIELDS)
     for line in plain(found):
-        writer.writerow(["'" + cell if isinstance(cell, str) and cell[:1] in "=+-@" else cell for cell in line])
+        writer.writerow([_no_formula(cell) if isinstance(cell, str) else cell for cell in line])
     return text.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """A text in one line that no spreadsheet takes for a formula."""
+    line = " ".join(text.split())
+    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
 FIELDS = ("block", "row", "measure", "mean", "low", "high", "cases", "rank", "worse")

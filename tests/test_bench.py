@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import io
 import json
 import random
 import re
@@ -465,6 +466,32 @@ def test_hostile_names_become_neither_markup_nor_formulas_nor_paths(yaml, tmp_pa
     assert "script" not in Page(made.folder / "report.html").tags
     assert tables.as_csv(found).count("'=x") == (len(made.protocol.columns) + 1)
     assert {p.parent for p in (made.folder / "edits").iterdir()} == {made.folder / "edits"}
+
+
+@pytest.fixture(scope="module")
+def table(whole):
+    """Its first table."""
+    return tables.tables(bench.score(whole, Scorer.of(whole.protocol, {})), whole.protocol)[0]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "\t=1+1", "\r=1+1", "\n=1", "@x", "-1", "", "ours"])
+def test_no_name_is_a_formula_in_the_table(table, name):
+    table = dataclasses.replace(table, names=[name, *table.names[1:]])
+    cells = {line[1] for line in csv.reader(io.StringIO(tables.as_csv([table]), newline=""))}
+    assert (name if name in ("", "ours") else f"'{name.strip()}") in cells
+
+
+@pytest.mark.parametrize(
+    "name", ["a | b", "<img src=x>", "**bold**", "[x](y)", "`a`", "&lt;", "new\nline", "a\\", "_i_"]
+)
+def test_no_name_is_markup_in_the_table(table, name):
+    table = dataclasses.replace(table, names=[name, *table.names[1:]], failed={name: 1})
+    head, _, line, *rest = tables.as_markdown([table]).splitlines()[2:]
+    bars = [re.sub(r"\\.", "", text).count("|") for text in (head, line)]
+    assert bars[0] == bars[1]
+    shown = re.sub(r"\\(.)", r"\1", line.split(" | ", 1)[0].removeprefix("| ")) if "|" not in name else name
+    assert shown == " ".join(name.split())
+    assert not re.search(r"(?<!\\)[<`]", line + "".join(rest).partition(tables.NOTE)[0])
 
 
 @pytest.fixture
