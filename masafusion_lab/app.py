@@ -72,7 +72,7 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None) 
             footer_links=[],
             css_paths=TEMPLATES / "app.css",
             theme=theme(),
-            app_kwargs={"middleware": [Middleware(Gate, served=studio.served)]},
+            app_kwargs={"middleware": [Middleware(Gate, served=studio.served, host=host)]},
         )
     except OSError as error:
         raise InputError(f"--port {port}: cannot be served at {host} ({error}); take another") from None

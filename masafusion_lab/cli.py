@@ -22,6 +22,7 @@ from masafusion_lab.manual import WithKeys, complete
 from masafusion_lab.progress import Lost, Spoken, Voice, bar, console
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
+from masafusion_lab.web.gate import check_place
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ def lab(
 
     Keys say which model, store and record all of it uses, and what stands in the form; out=FOLDER where it is kept.
     """
+    check_place(host, port)
     experiment = read(words or (), files or (), edits=False)
     try:
         from masafusion_lab.app import serve

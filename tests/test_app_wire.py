@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from masafusion_lab import app
+from masafusion_lab import app, cli
 from masafusion_lab.web import form, handlers
 from masafusion_lab.web.gate import Gate
 from masafusion_lab.web.page import names_file
@@ -85,14 +86,88 @@ def test_a_file_that_a_request_names_is_neither_opened_nor_fetched(served, monke
 
 
 def test_requests_that_are_too_large_or_do_not_say_so_are_refused_unread():
-    gate = Gate(None, Path("/served"))
+    gate, host = Gate(None, Path("/served")), (b"host", b"127.0.0.1:7860")
     post = {"type": "http", "method": "POST", "path": "/gradio_api/queue/join"}
-    assert gate.refusal({**post, "headers": [(b"content-length", b"50000000")]}) == 413
-    assert gate.refusal({**post, "headers": []}) == 411
-    assert gate.refusal({**post, "headers": [(b"content-length", b"500")]}) == 0
-    lying = [(b"content-length", b"500"), (b"transfer-encoding", b"chunked")]  # its body may be of any length
+    assert gate.refusal({**post, "headers": [host, (b"content-length", b"50000000")]}) == 413
+    assert gate.refusal({**post, "headers": [host]}) == 411
+    assert gate.refusal({**post, "headers": [host, (b"content-length", b"500")]}) == 0
+    lying = [host, (b"content-length", b"500"), (b"transfer-encoding", b"chunked")]  # its body may be of any length
     assert gate.refusal({**post, "headers": lying}) == 411
-    assert gate.refusal({"path": "/gradio_api/file=a\0b", "method": "GET", "headers": []}) == 403
+    assert gate.refusal({"path": "/gradio_api/file=a\0b", "method": "GET", "headers": [host]}) == 403
+
+
+@pytest.mark.parametrize("path", ["", "config", "gradio_api/queue/join", "gradio_api/queue/data?session_hash=s"])
+def test_no_other_site_reaches_the_lab(served, path):
+    url = f"{served.local_url}{path}"
+    port = url.split(":")[2].split("/")[0]
+    data = b"{}" if path.endswith("join") else None
+    own = f"http://127.0.0.1:{port}"
+    for headers in (
+        {"Host": "evil.com"},
+        {"Host": f"evil.com:{port}"},
+        {"Host": "127.0.0.1.evil.com"},
+        {"Host": "[evil"},
+        {"Origin": "http://evil.com"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Origin": f"{own}.evil.com"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"},
+    ):
+        assert ask(url, data, **headers)[0] == 403, headers
+    if path in ("", "config"):
+        for headers in ({"Origin": own}, {"Host": f"localhost:{port}"}, {"Sec-Fetch-Site": "same-origin"}):
+            assert ask(url, data, **headers)[0] == 200, headers
+        link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        assert ask(url, data, **link)[0] == 200
+
+
+def test_every_answer_says_that_no_page_may_frame_read_or_guess_it(served):
+    own = served.local_url[:-1]
+    with urllib.request.urlopen(urllib.request.Request(served.local_url, headers={"Origin": own})) as answer:
+        headers = {name.lower(): value for name, value in answer.headers.items()}
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers.get("access-control-allow-origin", own) == own
+
+
+@pytest.mark.parametrize(
+    ("host", "asked", "ours"),
+    [
+        ("127.0.0.1", "lab.example:7860", False),
+        ("lab.example", "LAB.example:7860", True),
+        ("lab.example", "evil.com", False),
+        ("0.0.0.0", "192.168.1.20:7860", True),
+        ("0.0.0.0", "[fe80::1]:7860", True),
+        ("0.0.0.0", "evil.com", False),
+        ("127.0.0.1", "[::1]:7860", True),
+        ("127.0.0.1", "", False),
+    ],
+)
+def test_the_lab_goes_by_the_names_that_it_was_given(host, asked, ours):
+    assert Gate(None, Path("/served"), host).is_ours(asked) == ours
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--port", "99999999"], "--port 99999999: must be 1 to 65535"),
+        (["--host", "203.0.113.7"], "--host 203.0.113.7: is no address of this machine"),
+        (["--host", "no such host"], "--host no such host: is no address of this machine"),
+        (["--port", "{taken}"], "--port {taken}: something is served there already"),
+    ],
+)
+def test_where_nothing_can_be_served_is_said_at_once(monkeypatch, capsys, tmp_path, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gradio", None)  # it is not even looked for
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["masafusion", "app", *(word.format(taken=taken) for word in words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert end.value.code == 2
+    assert said.format(taken=taken) in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_an_edit_goes_over_the_wire(served, studio):

@@ -69,9 +69,10 @@ def page(studio: Studio) -> gr.Blocks:
                         texts, words = _prompts("2")
                         gr.HTML(views.part("step", "3", "Run"))
                         with gr.Row():
-                            run = gr.Button("Run", variant="primary", scale=3, min_width=120)
+                            run = gr.Button("Run", variant="primary", scale=3, min_width=120, interactive=False)
                             stop = gr.Button("Cancel", interactive=False, scale=1, min_width=90)
-                        status = gr.HTML(elem_classes=["status"])
+                        opening = views.part("progress", "opening the picture", 0, 0, None)
+                        status = gr.HTML(opening, elem_classes=["status"])  # arriving enables Run, or a click were lost
                         edit = _annotator(studio, canvas, texts, words)
                 view = _viewer(studio, token, "result")
                 fields, inputs = _form(experiment)
