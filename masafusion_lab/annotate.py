@@ -68,7 +68,7 @@ def from_url(url: Any, size: tuple[int, int], *, colours: bool = False) -> Image
         drawing = Image.open(io.BytesIO(base64.b64decode(url.removeprefix(PNG), validate=True)), formats=["PNG"])
         if drawing.size != size:
             raise ValueError
-        drawn = open_picture(drawing) if colours else open_mask(drawing)
+        drawn = open_picture(drawing) if colours else open_mask(drawing, "light")
     except Exception:  # Pillow raises anything for a damaged file
         raise InputError(f"the drawing is not a PNG of {size[0]}x{size[1]}; load the page again") from None
     return drawn if drawn.getbbox() else None

@@ -7,14 +7,16 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from masafusion_lab import __version__, config
+from masafusion_lab import InputError, __version__, config
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.prepared import Prepared, prepare
 from masafusion_lab.inversion import Direct, NoInversion, Track, silent
@@ -51,12 +53,20 @@ class Lab:
     changed: Mapping[str, Any] = field(default_factory=dict)
     """The settings that are not the defaults, for the reader of a result."""
 
+    @cached_property
+    def reads_hints(self) -> bool:
+        """Whether a branch of the method reads drawn conditions; they are not opened for one that reads none."""
+        with suppress(InputError):  # which is said when the plan is followed
+            branches = self.method.plan(self.model.sites, len(self.schedule)).branches.values()
+            return any(branch.hint is not None for branch in branches)
+        return True
+
     def prepare(self, case: Case) -> Prepared:
         """The tensors of a case, at the size that this model works at."""
         m = self.model
         return self.ask(
             prepare,
-            case,
+            case if self.reads_hints else self.ask(_without_hints, case),
             factor=m.factor,
             multiple=m.multiple,
             native=m.native,
@@ -64,6 +74,10 @@ class Lab:
             dilate=self.dilate,
             how=self.region,
         )
+
+
+def _without_hints(case: Case) -> Case:
+    return replace(case, hints={})
 
 
 def chosen(experiment: config.Experiment) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -25,10 +26,15 @@ class Region(Checked):
     """Of mask=auto: pixels by which what differs is grown; null: a fortieth of the short side."""
     hull: bool = False
     """Of mask=auto: whether the convex hull is taken."""
+    by: str = "auto"
+    """What of the mask's picture is the region. auto: what is transparent in a photograph, what is drawn on nothing, of
+    two values the lighter, of two colours the one that is not grey, black and white with soft borders as they are; or
+    alpha (what is transparent), opaque, light, dark, label:1, colour:#ff0000."""
 
     def problems(self) -> Iterator[str]:
         """What cannot be, a line each."""
         for name, value, right, allowed in (
+            ("by", self.by, re.fullmatch(BY, self.by), "auto, alpha, opaque, light, dark, label:1 or colour:#ff0000"),
             ("threshold", self.threshold, 0 <= self.threshold < 1, "at least 0 and below 1"),
             ("feather", self.feather, self.feather >= 0, "at least 0"),
             ("margin", self.margin, self.margin is None or self.margin >= 0, "at least 0"),
@@ -36,6 +42,8 @@ class Region(Checked):
             if not right:
                 yield f"region.{name}={value}: must be {allowed}"
 
+
+BY = r"auto|alpha|opaque|light|dark|label:\d{1,5}|colour:#[0-9a-fA-F]{6}"
 
 USUAL = Region()
 """Hard, and of every cell that the mask touches."""

@@ -319,3 +319,13 @@ def test_equal_prompts_are_told_and_a_sketch_may_be_all_that_edits(tiny_root, st
     phases.job(make_lab(tiny_root, store), case(source=f"{LONG}running", target=f"{LONG}standing"), tmp_path)
     phases.job(make_lab(tiny_root, store), case(target="a cat on grass"), tmp_path)
     assert "no words say" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["plain", "prompt_to_prompt", "reconstruction", "plug_and_play", "sdedit"])
+def test_a_hint_that_a_method_does_not_read_is_not_opened_and_changes_nothing(tiny_root, store, tmp_path, name):
+    lab = make_lab(tiny_root, store, f"method.name={name}")
+    without = phases.job(lab, case(hints={}), tmp_path)
+    for hints in ({"canny": drawn("L", outline=255)}, {"sketch": tmp_path / "not there.png"}):  # it has no such adapter
+        assert phases.job(lab, case(hints=hints), tmp_path).key == without.key
+    with pytest.raises(InputError, match="no canny adapter"):
+        phases.job(make_lab(tiny_root, store), case(hints={"canny": drawn("L", outline=255)}), tmp_path)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from masafusion_lab import InputError
 from masafusion_lab.data.case import Case
@@ -122,7 +122,7 @@ def test_sixteen_bits_keep_their_greys(tmp_path):
     for name in ("a.png", "a.tiff"):
         Image.fromarray(ramp).save(tmp_path / name)
         assert np.array_equal(np.asarray(open_picture(tmp_path / name))[..., 1], ramp // 257)
-        assert np.array_equal(np.asarray(open_mask(tmp_path / name)), ramp // 257)
+        assert np.array_equal(np.asarray(open_mask(tmp_path / name, "light")), ramp // 257)
     (tmp_path / "a.pgm").write_bytes(b"P5 32 16 65535\n" + ramp.astype(">u2").tobytes())
     assert np.array_equal(np.asarray(open_picture(tmp_path / "a.pgm"))[..., 1], ramp // 257)
 
@@ -284,14 +284,110 @@ def test_dilation_is_in_latent_cells():
 
 def test_a_soft_mask_is_cut_at_half_grey_unless_it_is_to_stay_soft():
     mask = Image.linear_gradient("L").resize((64, 64))
-    assert set(masked(mask).mask.unique().tolist()) == {0, 1}
-    assert masked(mask).mask.mean() == pytest.approx(0.5, abs=0.07)
+    light = masked(mask, how=Region(by="light")).mask
+    assert set(light.unique().tolist()) == {0, 1}
+    assert light.mean() == pytest.approx(0.5, abs=0.07)
     soft = masked(mask, how=Region(soft=True))
     assert len(soft.mask.unique()) > 10
     assert torch.equal(soft.mask_full * 255, (soft.mask_full * 255).round())
     with pytest.raises(InputError, match=r"above region\.threshold"):
-        masked(grey(64, 64, (8, 8, 30, 30), level=100))
+        masked(grey(64, 64, (8, 8, 30, 30), level=100), how=Region(by="light"))
     assert masked(grey(64, 64, (8, 8, 30, 30), level=100), how=Region(soft=True)).mask.max() == pytest.approx(100 / 255)
+
+
+def photograph(size=(96, 64), seed=0):
+    """Many colours, smooth as a photograph's."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+INSIDE = Image.new("L", (96, 64))
+ImageDraw.Draw(INSIDE).ellipse((20, 12, 60, 50), fill=255)
+SMOOTH = INSIDE.resize((384, 256), Image.Resampling.NEAREST).resize((96, 64), Image.Resampling.BOX)
+
+
+def put(inside, outside, mask=INSIDE):
+    """One picture or colour inside the region, another outside."""
+    both = [Image.new("RGB", INSIDE.size, each) if isinstance(each, tuple) else each for each in (inside, outside)]
+    return Image.composite(*both, mask)
+
+
+def holed(picture, alpha):
+    picture = picture.convert("RGB")
+    picture.putalpha(alpha)
+    return picture
+
+
+def palette():
+    picture = INSIDE.point(lambda level: level // 255).convert("P")
+    picture.putpalette([10, 10, 10, 200, 40, 30])
+    return picture
+
+
+def compressed(picture):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return Image.open(file)
+
+
+GREEN, BLACK = (0, 160, 60), (0, 0, 0)
+MEANT = {
+    "a hole in a photograph": (holed(photograph(), ImageChops.invert(INSIDE)), "auto"),
+    "a soft hole in a photograph": (holed(photograph(), ImageChops.invert(SMOOTH)), "auto"),
+    "white drawn on nothing": (holed(put(WHITE, WHITE), INSIDE), "auto"),
+    "black drawn on nothing": (holed(put(BLACK, BLACK), INSIDE), "auto"),
+    "labels 0 and 1": (INSIDE.point(lambda level: level // 255), "auto"),
+    "two greys": (put((140,) * 3, (90,) * 3), "auto"),
+    "red on black": (put(RED, BLACK), "auto"),
+    "black beside red": (put(RED, WHITE), "auto"),
+    "a palette": (palette(), "auto"),
+    "a palette's number": (palette(), "label:1"),
+    "antialiased red on black": (put(RED, BLACK, SMOOTH), "auto"),
+    "white on black as JPEG": (compressed(put(WHITE, BLACK)), "auto"),
+    "soft white on black": (SMOOTH.filter(ImageFilter.GaussianBlur(2)), "auto"),
+    "a photograph painted red": (put(RED, photograph()), "colour:#ff0000"),
+    "two colours, one of them named": (put(RED, GREEN), "colour:#ff0000"),
+    "one of three labels": (put((2, 2, 2), palette().convert("L").point(lambda level: level % 2)), "label:2"),
+    "what is dark": (put(BLACK, WHITE), "dark"),
+}
+
+
+@pytest.mark.parametrize("what", MEANT)
+def test_the_region_is_what_was_meant(what, tmp_path):
+    picture, by = MEANT[what]
+    picture.save(tmp_path / "mask.png")
+    found = np.asarray(open_mask(tmp_path / "mask.png", by)) > 127
+    truth = np.asarray(INSIDE) > 127
+    assert (found & truth).sum() / (found | truth).sum() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("picture", "by", "said"),
+    [
+        (photograph(), "auto", "is a photograph, .* and no mask; say which part is meant: region.by=light"),
+        (put(RED, photograph()), "auto", r"\(#ff0000 2\d%, .*region.by=.*colour:#ff0000"),
+        (put(RED, GREEN), "auto", "is of two colours, #00a03c and #ff0000; say which"),
+        (
+            Image.fromarray(np.arange(4, dtype=np.uint8).repeat(16).reshape(8, 8)),
+            "auto",
+            "a map of 4 labels, 0 25%, 1 25%",
+        ),
+        (photograph(), "alpha", "nothing of it is transparent"),
+        (INSIDE, "label:7", "nothing of it is of that value; it has 0 8"),
+    ],
+    ids=["photograph", "painted", "two colours", "labels", "opaque", "no such label"],
+)
+def test_what_is_no_mask_is_refused_with_what_was_found(tmp_path, picture, by, said):
+    picture.save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match=said):
+        open_mask(tmp_path / "mask.png", by)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "canny", "pose"])
+def test_a_photograph_is_no_hint(tmp_path, kind):
+    photograph().save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=f"is a photograph, .*no {kind}; "):
+        open_hint(tmp_path / "a.png", kind)
 
 
 def test_the_region_comes_from_the_mask_as_it_is_asked():
@@ -301,7 +397,7 @@ def test_the_region_comes_from_the_mask_as_it_is_asked():
     assert [int(A.sum()) for A in got.values()] == [2, 2, 1]
     assert masked(mask, how=Region("area", soft=True)).mask.unique().tolist() == pytest.approx([0, 0.3, 0.6])
     with pytest.raises(InputError, match="the mask is empty"):
-        masked(mask, how=Region(threshold=0.7))
+        masked(mask, how=Region(threshold=0.7, by="light"))
     with pytest.raises(InputError, match=r"no latent cell; .* take region\.downsample=max"):
         masked(grey(64, 64, (9, 9, 9, 40)), how=Region("area"))
     faded = masked(grey(64, 64, (16, 0, 63, 63)), how=Region(feather=1)).mask[0, 3]

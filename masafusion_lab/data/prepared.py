@@ -143,7 +143,7 @@ def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], ho
     if isinstance(mask, tuple):
         drawn_over = _boxed(mask, image)
     else:
-        drawn = open_mask(mask)
+        drawn = open_mask(mask, "light" if how.soft and how.by == "auto" else how.by)
         _check_aspect(f"{named(mask)}: the mask", drawn, image, working)
         drawn_over = tensor(drawn)
     whole = drawn_over if how.soft else (drawn_over > how.threshold).float()
