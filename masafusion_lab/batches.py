@@ -17,7 +17,15 @@ from masafusion_lab.lab import Lab
 def as_item(case: Case, prepared: Prepared, record: Inversion) -> Item:
     """What the editor is given of a case."""
     return Item(
-        case.id, case.source, case.target, prepared.pixels, record, prepared.mask, prepared.hints, case.instruction
+        case.id,
+        case.source,
+        case.target,
+        prepared.pixels,
+        record,
+        prepared.mask,
+        prepared.hints,
+        case.instruction,
+        prepared.shown,
     )
 
 

@@ -245,9 +245,12 @@ def main() -> None:
 
     0 done; 1 failed (the traceback is in a file that is named); 2 something given cannot be used; 128 + n signal n.
     """
-    package, spoken = logging.getLogger("masafusion_lab"), Spoken()
+    package, every = logging.getLogger("masafusion_lab"), logging.getLogger()
+    spoken, unsaid = Spoken(), logging.NullHandler()
     package.setLevel(logging.INFO)
     package.addHandler(spoken)
+    every.addHandler(unsaid)  # or Python would say what libraries log
+    logging.captureWarnings(True)
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -264,6 +267,8 @@ def main() -> None:
         code = _say(_one_line(error), 1)
     finally:
         package.removeHandler(spoken)
+        every.removeHandler(unsaid)
+        logging.captureWarnings(False)
     sys.exit(code)
 
 

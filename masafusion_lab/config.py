@@ -107,7 +107,7 @@ class Experiment:
     store: str = ""
     """Folder of the inversions; empty: $MASAFUSION_HOME/inversions, or ~/.cache/masafusion/inversions."""
     force: bool = False
-    """Whether a folder of another configuration may be written over."""
+    """Whether results of another configuration, of other weights, or of pictures that changed may be replaced."""
     region: Region = field(default_factory=Region)
     model: Model = field(default_factory=Model)
     inversion: dict[str, Any] = field(default_factory=lambda: {"name": "direct"})

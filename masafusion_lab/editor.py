@@ -36,7 +36,7 @@ class Item:
     """One case as tensors, on the CPU: what an edit reads.
 
     `pixels` (3, H, W) in [0, 1]; `record` of one picture; `mask` A at latent resolution (1, h, w); `hints`: kind ->
-    (1 or 3, H, W) in [0, 1].
+    (1 or 3, H, W) in [0, 1]; `shown` (1, H, W): see `Prepared`.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Item:
     mask: Tensor | None = None
     hints: Mapping[str, Tensor] = field(default_factory=dict)
     instruction: str = ""
+    shown: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class Editor(LightningModule):
         return Given(
             {**dict(zip(told, of_each, strict=True)), "empty": empty.expand(len(batch), -1, -1)},
             mask=torch.stack(masks).to(model.device) if masks else None,
+            shown=torch.stack(shown) if len(shown := [i.shown for i in batch if i.shown is not None]) else None,
             hint=self.ask(features, model, hints) if hints else None,
             null=null,
             texts={"source": [item.source for item in batch], "target": [item.target for item in batch]},
@@ -229,7 +231,7 @@ def pasted(method: Method, given: Given, pictures: Tensor) -> Tensor:
     """Edited pictures (B, 3, H, W), on the CPU; outside the region the given ones, if the method wants them there."""
     if not method.needs.paste or given.mask is None or given.pixels is None:
         return pictures
-    mask = F.interpolate(given.mask, pictures.shape[-2:]).cpu()
+    mask = F.interpolate(given.mask, pictures.shape[-2:]).cpu() if given.shown is None else given.shown
     return mask * pictures + (1 - mask) * given.pixels.cpu()
 
 

@@ -27,7 +27,8 @@ class Given:
     """What a batch of B cases gives a method.
 
     `prompts`: name -> (B, n, d), or (T, B, n, d) where it changes with the step, with "source", "target" and "empty",
-    and "instruction" for methods that follow one; `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `hint`: the
+    and "instruction" for methods that follow one; `mask`: A at latent resolution, (B, 1, h, w) in [0, 1]; `shown`: the
+    pixels (B, 1, H, W), on the CPU, outside of which the picture's own may be put back, None: those of A; `hint`: the
     adapter's features, one (B, c, h, w) a level; `null`: (T, B, n, d), the record's embeddings; `regions`: further
     masks by name; `texts`: "source" and "target" as they were typed, B each; `words`: what `Branch.words` follows by;
     `pixels`: the pictures (B, 3, H, W) in [0, 1]; `noise`: purpose -> Gaussian noise (B, C, h, w), each case's own;
@@ -46,6 +47,7 @@ class Given:
     noise: Callable[[str], Tensor] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     seen: Callable[[], Tensor | None] = lambda: None
+    shown: Tensor | None = None
 
     def prompt(self, name: str, i: int) -> Tensor:
         """The embeddings (B, n, d) called `name` at step i; "tuned" is the record's, or "empty" if it has none."""

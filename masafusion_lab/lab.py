@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masafusion_lab import InputError, __version__, config
+from masafusion_lab import InputError, __version__, config, keys
 from masafusion_lab.data.case import Case
 from masafusion_lab.data.prepared import Prepared, prepare
 from masafusion_lab.inversion import Direct, NoInversion, Track, silent
@@ -60,6 +60,28 @@ class Lab:
             branches = self.method.plan(self.model.sites, len(self.schedule)).branches.values()
             return any(branch.hint is not None for branch in branches)
         return True
+
+    def of(self, case: Case) -> Lab:
+        """The lab with the settings of its method that a case has for itself; those of other methods are not read.
+
+        Raises InputError for a setting that no method has, or a value that it cannot have.
+        """
+        every = keys.known(dict.fromkeys(keys.CHOSEN))
+        known = keys.known({**dict.fromkeys(keys.CHOSEN), "method": settings(self.method)["name"]})
+        values: dict[str, Any] = {}
+        for name, text in case.settings.items():
+            if (key := keys.find(name, known)) is None:
+                if keys.find(name, every) is None:
+                    raise InputError(f"{case.id}: {name}: {keys.unknown(name, text, every)}")
+                continue
+            try:
+                _, field_, *entry = name.split(".", 2)
+                value = key.read(text)
+            except ValueError as error:
+                raise InputError(f"{case.id}: {name}={text}: {error}") from None
+            before = values.get(field_, getattr(self.method, field_))
+            values[field_] = {**before, entry[0]: value} if entry else value
+        return replace(self, method=replace(self.method, **values)) if values else self  # type: ignore[type-var]
 
     def prepare(self, case: Case) -> Prepared:
         """The tensors of a case, at the size that this model works at."""

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from masafusion_lab.fonts import legible
 from masafusion_lab.report import INK, LINE, PAPER
 from masafusion_lab.runs import replacing
 
@@ -64,6 +65,7 @@ def panel(width: float = WIDTH, height: float = 4.2) -> tuple[Figure, Any]:
 @styled
 def save(figure: Figure, *paths: Path) -> None:
     """Write a figure, each file in the format of its name; as PNG the same bytes whenever it is the same."""
+    legible(figure)
     for path in paths:
         with replacing(path) as partial:
             figure.savefig(partial, metadata={"Software": None} if path.suffix == ".png" else None)
@@ -72,6 +74,7 @@ def save(figure: Figure, *paths: Path) -> None:
 @styled
 def drawn(figure: Figure) -> Image.Image:
     """The figure as a picture."""
+    legible(figure)
     data = io.BytesIO()
     figure.savefig(data, format="png")
     with Image.open(data) as picture:

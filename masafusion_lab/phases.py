@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
         "case": case.id,
         **told,
         "mask": None if prepared.mask is None else sha256(prepared.mask),
+        **({"shown": sha256(prepared.shown)} if lab.method.needs.paste and prepared.shown is not None else {}),
         "hints": {kind: sha256(hint) for kind, hint in prepared.hints.items()},
         "adapters": model.digest(sorted(prepared.hints)),
         "method": settings(lab.method),
@@ -83,6 +84,22 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
     kin = (width, height, *sorted(prepared.hints), prepared.mask is None)
     key, of_record, made_of = lab.store.key(depends), lab.store.key(record), lab.ask(inputs, case)
     return Job(case, folder, key, of_record, kin, prepared.original, place, made_of)
+
+
+def _predict(
+    lab: Lab,
+    jobs: Mapping[str, Job],
+    found: Mapping[str, bool],
+    loggers: Sequence[Any],
+    callbacks: Sequence[L.Callback],
+) -> None:
+    """Edit and write cases of the same settings, whose inversions are in the store."""
+    results = Results(jobs, {**facts(lab), "weights": lab.model.weights}, found, lab.store.seconds)
+    options = {"inference_mode": False, "enable_progress_bar": False} | dict(lab.trainer)
+    editor = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, track=lab.track)
+    with undisturbed(interrupt.check):
+        trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(jobs), *callbacks])
+        trainer.predict(editor, Batches(lab, list(jobs.values())), return_predictions=False)
 
 
 def told_apart(model: StableDiffusion, case: Case) -> None:
@@ -125,7 +142,7 @@ def edit(
     jobs, unfit = list[Job](), list[tuple[Case, Path, InputError]]()
     for place, (case, its) in enumerate(places):
         try:
-            jobs.append(job(lab, case, its, place, callbacks))
+            jobs.append(job(lab.of(case), case, its, place, callbacks))
         except InputError as error:
             if lost is None or len(cases) == 1:
                 raise
@@ -144,13 +161,11 @@ def edit(
     waiting, numbers = [job.case for job in left.values()], [job.place for job in left.values()]
     for case, _, hit in invert(lab, waiting, loggers=loggers, callbacks=callbacks, places=numbers):
         found[case.id] = hit
-    results = Results(left, {**facts(lab), "weights": lab.model.weights}, found, lab.store.seconds)
-    options = {"inference_mode": False, "enable_progress_bar": False} | dict(lab.trainer)
-    editor = Editor(lab.model, lab.method, lab.schedule, seed=lab.seed, track=lab.track)
-    if left:
-        with undisturbed(interrupt.check):
-            trainer = make(lab.model.device, options, loggers=loggers, callbacks=[results, Mirror(left), *callbacks])
-            trainer.predict(editor, Batches(lab, list(left.values())), return_predictions=False)
+    kin: dict[Any, dict[str, Job]] = {}
+    for id, each in left.items():
+        kin.setdefault(tuple(each.case.settings.items()), {})[id] = each
+    for alike in kin.values():
+        _predict(lab.of(next(iter(alike.values())).case), alike, found, loggers, callbacks)
     if missed := [job for job in jobs if not (is_done(job.folder, job.key) and whole(job.folder))]:
         raise InputError(f"the trainer left out {len(missed)} of {len(jobs)} cases: lift its limit in trainer.*")
     return [job.folder for job in jobs]

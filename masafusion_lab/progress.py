@@ -68,10 +68,17 @@ class Lost:
 
 
 class Spoken(logging.Handler):
-    """Says on standard error what the library logs, above a progress bar if there is one."""
+    """Says on standard error what the library logs, a warning once, above a progress bar if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warned: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it."""
-        warning = record.levelno >= logging.WARNING
-        text = Text(f"{'warning: ' if warning else ''}{record.getMessage()}", "yellow" if warning else "dim")
-        console.print(text, soft_wrap=True)
+        said, warning = record.getMessage(), record.levelno >= logging.WARNING
+        if warning and said in self.warned:
+            return
+        if warning:
+            self.warned.add(said)
+        console.print(Text(f"warning: {said}", "yellow") if warning else Text(said, "dim"), soft_wrap=True)

@@ -30,7 +30,8 @@ class RunLog(logging.FileHandler):
 def recorded(
     experiment: config.Experiment, root: Path = Path("runs"), *, weights: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """The run's folder while it is written: with run.log, and the traceback of an error that nobody foresaw.
+    """The run's folder while it is written: with run.log, which has the warnings of libraries too, and the traceback of
+    an error that nobody foresaw.
 
     It is `out`, or a new one below `root`; `weights`: see `Run`. Nothing is left of a new folder in which, because of
     something that cannot be used, nothing was made.
@@ -40,7 +41,7 @@ def recorded(
     now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     folder = Path(experiment.out) if experiment.out else root / now
     new, entered = not folder.exists(), False
-    package = logging.getLogger("masafusion_lab")
+    every = logging.getLogger()
     loud, logging.raiseExceptions = logging.raiseExceptions, False  # else a full disk prints W&B's tracebacks
     try:
         with Run(folder, config.to_yaml(experiment), experiment.force, weights):
@@ -48,7 +49,7 @@ def recorded(
             with explained(folder):
                 file = RunLog(folder / "run.log", encoding="utf-8", errors="backslashreplace")
             file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            package.addHandler(file)
+            every.addHandler(file)
             try:
                 yield folder
             except KeyboardInterrupt:
@@ -64,7 +65,7 @@ def recorded(
                 error.log = folder / "run.log"  # type: ignore[attr-defined]
                 raise
             finally:
-                package.removeHandler(file)
+                every.removeHandler(file)
                 file.close()
     except InputError:
         if new and entered and not any(folder.rglob("result.json")):

@@ -51,12 +51,14 @@ def read(
     if not given & {"image", "cases"}:
         if not EXAMPLE.is_file():
             raise InputError(f"no image=FILE is given, and the built-in example {EXAMPLE} is not in this installation")
-        log.info("no image= is given: this is the built-in example, %s", EXAMPLE)
         for key, (_, value) in config.read_yaml(EXAMPLE).items():
             if key not in given and not (key == "mask" and "box" in given):
                 words.append(f"{key}={EXAMPLE.with_name(str(value)) if key in config.FILES else value}")
     wrong = _wrong_for_an_edit if edits else _missing
-    return config.load(files, words, needs=lambda e: [*wrong(e), *needs(e)])
+    experiment = config.load(files, words, needs=lambda e: [*wrong(e), *needs(e)])
+    if not given & {"image", "cases"}:
+        log.info("no image= is given: this is the built-in example, %s", EXAMPLE)
+    return experiment
 
 
 def _missing(e: config.Experiment) -> Iterator[str]:

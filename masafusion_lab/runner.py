@@ -109,7 +109,8 @@ class Runner:
             folder = self.survey.place(case, point)
             with hushed() if n else nullcontext():
                 try:
-                    lab = replace(build(point.experiment, model=self.lab.model, ask=self.ask), store=self.lab.store)
+                    lab = build(point.experiment, model=self.lab.model, ask=self.ask)
+                    lab = replace(lab, store=self.lab.store).of(case)
                     found.append(Work(point, lab, phases.job(lab, case, folder)))
                 except InputError as error:
                     self.fail(point, folder, "", error)

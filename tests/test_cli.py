@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import rich
 from PIL import Image, ImageDraw
 
-from masafusion_lab import cli, config, keys, loading, manual, phases, progress, request
+from masafusion_lab import InputError, cli, config, keys, loading, manual, phases, progress, request
 from masafusion_lab.lockstep import NotFinite
 
 MAIN = "from masafusion_lab.cli import main; main()"
@@ -361,6 +362,24 @@ def test_a_picture_that_cannot_be_used_stops_no_other(run, tmp_path, given):
     assert json.loads((tmp_path / "a/state.json").read_text())["state"] == "done"
 
 
+def test_a_case_that_a_setting_does_not_fit_stops_no_other(run, tmp_path, given):
+    (tmp_path / "cases.csv").write_text("id,image,source,target\na,pic.png,a cat,a dog\nb,pic.png,a horse,a dog\n")
+    words = [word for word in given if word.partition("=")[0] in ("model.path", "steps", "tracking.mode")]
+    words += ["method.name=prompt_to_prompt", "method.blend_target=[dog]", "out=a"]
+    code, out, err = run("edit", *words, "cases=cases.csv", "method.blend_source=[cat]")
+    assert code == 1, err
+    assert out.splitlines()[1].startswith("a: ")
+    assert re.search("warning: b: .*cat", err)
+    assert "1 of 2 cases could not be used: b" in err
+    (failed,) = Path("a").rglob("error.json")
+    assert "cat" in json.loads(failed.read_text())["error"]
+    assert len(list(Path("a").rglob("result.json"))) == 1
+    code, _, err = run("edit", *words[:-1], "out=b", "cases=cases.csv", "method.blend_source=[snow]")
+    assert code == 2
+    assert "none of the 2 cases can be edited:" in err
+    assert not Path("b").exists()
+
+
 def test_help_lists_every_key_without_loading_anything_heavy():
     code = f"import sys; sys.argv = ['masafusion', 'edit', '--help']\ntry: {MAIN}\n" + (
         "finally: print([name for name in ('torch', 'lightning', 'diffusers', 'numpy', 'PIL') if name in sys.modules])"
@@ -411,3 +430,33 @@ def test_a_command_that_does_not_exist_is_refused_with_the_one_that_was_meant(ru
     code, _, err = run("edi")
     assert code == 2
     assert "edit" in err
+
+
+def test_a_warning_is_said_once_and_those_of_libraries_are_for_the_runs_log(capsys, tmp_path, monkeypatch):
+    def warned(experiment):
+        with cli.recorded(experiment) as folder:
+            for _ in range(3):
+                cli.log.warning("the mask is thin")
+                warnings.warn(f"{tmp_path}/font.ttf: no glyph", UserWarning, stacklevel=1)
+                logging.getLogger("somebody").warning("%s/somewhere is slow", tmp_path)
+        assert (folder / "run.log").read_text().count("font.ttf") >= 1
+        assert (folder / "run.log").read_text().count("somewhere is slow") == 3
+        raise InputError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "read", lambda *args, **options: config.load(words=[f"out={tmp_path}/out"]))
+    monkeypatch.setattr(cli, "cases_of", warned)
+    monkeypatch.setattr(sys, "argv", ["masafusion", "edit"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.count("the mask is thin") == 1
+    assert "font.ttf" not in said
+    assert "somewhere" not in said
+
+
+def test_only_where_the_example_runs_it_is_said_to_be_the_example(run):
+    assert "built-in example" in run("edit", "--print-config")[2]
+    for words in (["edit", "steps=x"], ["edit", "cases=picturebook:2", "--print-config"]):
+        assert "built-in example" not in run(*words)[2]

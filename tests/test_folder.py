@@ -268,3 +268,10 @@ def test_a_spreadsheets_byte_order_mark_is_skipped(root):
 
 def test_the_columns_are_those_that_the_manual_names():
     assert sorted(COLUMNS) == sorted("id image source target instruction mask box sketch canny pose truth".split())
+
+
+def test_columns_of_the_method_are_settings_of_a_case(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "cases.csv").write_text("image,target,method.blend_source,method.blend_threshold\na.png,a dog,cat,\n")
+    (found,) = read_cases(tmp_path / "cases.csv")
+    assert found.settings == {"method.blend_source": "cat"}

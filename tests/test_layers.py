@@ -14,7 +14,7 @@ LAYERS = [
     "lockstep shared model loading network contrast taps wordmaps encoders",
     "inversion algorithm2 null_text trainer store runs results interrupt",
     "methods",
-    "data hints pidinet editor callbacks report tracking look heat maps watch figures explorer annotate",
+    "data hints pidinet editor callbacks report tracking fonts look heat maps watch figures explorer annotate",
     "config keys request manual lab batches inverting phases cli upkeep recorded progress doctor sync app web "
     "survey runner sweep forecast landscape plots surveypage search clusters launch bench scoring tables benchpage "
     "publish",

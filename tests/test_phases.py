@@ -7,6 +7,7 @@ import signal
 import threading
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -329,3 +330,47 @@ def test_a_hint_that_a_method_does_not_read_is_not_opened_and_changes_nothing(ti
         assert phases.job(lab, case(hints=hints), tmp_path).key == without.key
     with pytest.raises(InputError, match="no canny adapter"):
         phases.job(make_lab(tiny_root, store), case(hints={"canny": drawn("L", outline=255)}), tmp_path)
+
+
+def test_a_case_may_have_settings_of_its_own_and_one_that_does_not_fit_stops_no_other(tiny_root, store, tmp_path):
+    lab = make_lab(
+        tiny_root, store, "method.name=prompt_to_prompt", "method.blend_source=cat", "method.blend_target=dog"
+    )
+    horse = {"source": "a horse on grass", "target": "a red horse on grass"}
+    own = {"method.blend_source": "horse", "method.blend_target": "horse", "method.blend_threshold": "0.5"}
+    cases = [
+        case("a"),
+        case("b", **horse, settings=own),
+        case("c", **horse),
+        case("d", settings={"method.edit": "all"}),
+    ]
+    lost = []
+    folders = phases.edit(lab, cases, tmp_path / "run", lost=lambda case, error: lost.append(str(error)))
+    methods = [json.loads((folder / "result.json").read_text())["method"] for folder in folders]
+    assert [method["blend_source"] for method in methods] == [["cat"], ["horse"]]
+    assert [method["blend_threshold"] for method in methods] == [0.3, 0.5]
+    assert "c: 'cat' is no word of 'a horse on grass'" in lost[0]
+    assert "d: method.edit=all: must be refine | replace" in lost[1]
+    alone = phases.edit(lab, [cases[1]], tmp_path / "alone")[0]
+    assert (alone / "target.png").read_bytes() == (folders[1] / "target.png").read_bytes()
+
+
+def test_a_setting_of_another_method_is_not_read_and_one_of_none_refused(lab, tmp_path):
+    plain = phases.job(lab, case(), tmp_path).key
+    assert phases.job(lab.of(case(settings={"method.blend_source": "cat"})), case(), tmp_path).key == plain
+    with pytest.raises(InputError, match=r"cat: method\.blend_sorce: unknown key; did you mean method\.blend_source"):
+        lab.of(case(settings={"method.blend_sorce": "cat"}))
+
+
+def test_pasted_back_nothing_changes_outside_the_mask_as_drawn(tiny_root, store, tmp_path):
+    lab = make_lab(tiny_root, store, "method.background=paste")
+    inside = np.zeros((SIZE[1], SIZE[0]), bool)
+    inside[5:19, 7:22] = True  # of no whole latent cells
+    mask = Image.fromarray(inside.astype(np.uint8) * 255)
+    (folder,) = phases.edit(lab, [case(mask=mask)], tmp_path / "run")
+    source, target = (np.asarray(Image.open(folder / f"{name}.png"), int) for name in ("source", "target"))
+    assert (source == target)[~inside].all()
+    assert (source != target)[inside].any()
+    other = Image.fromarray((inside | np.roll(inside, 1, 1)).astype(np.uint8) * 255)  # of the same cells
+    assert torch.equal(lab.prepare(case(mask=other)).mask, lab.prepare(case(mask=mask)).mask)
+    assert phases.job(lab, case(mask=other), tmp_path).key != phases.job(lab, case(mask=mask), tmp_path).key

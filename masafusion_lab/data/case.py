@@ -54,5 +54,7 @@ class Case:
     """What sort of edit it is, where the set says so."""
     caption: str | None = None
     """What the edit brings in, in words (MagicBrush's local description; "" where it only removes)."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the method for this case alone, as they are written: method.blend_source, say, to "cat"."""
     drawn: Example | None = None
     """The edit of the picture-book world that this is, in which a judge knows what to look for."""

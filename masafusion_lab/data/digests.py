@@ -33,7 +33,7 @@ def digest(picture: Picture | Box) -> str:
 
 def inputs(case: Case) -> dict[str, str]:
     """By name what a case's result depends on beside the settings: prompts as they are, digests of pictures."""
-    texts = {"source": case.source, "target": case.target, "instruction": case.instruction}
+    texts = {"source": case.source, "target": case.target, "instruction": case.instruction, **case.settings}
     pictures = {"image": case.image, "mask": case.mask, **case.hints}
     return {name: text for name, text in texts.items() if text} | {
         name: digest(picture) for name, picture in pictures.items() if picture is not None

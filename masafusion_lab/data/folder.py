@@ -24,6 +24,9 @@ TEXTS = ("id", "source", "target", "instruction")
 COLUMNS = (*TEXTS, "image", "mask", "box", *HINTS, "truth")
 """Of a manifest; only `image` must be there. `box` is left,top,right,bottom in place of a mask; the rest are files."""
 
+SETTINGS = "method."
+"""With which further columns begin: settings of the method for one case, as method.blend_source."""
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 """Of the files in a folder that are taken for pictures."""
 
@@ -65,7 +68,8 @@ def read_cases(path: Path, usual: Mapping[str, str] = NONE) -> list[Case]:
     for where, row in rows:
         wrong: list[str] = []
         case = _case({**row, **{text: usual[text] for text in usual if row.get(text, "") == ""}}, root, wrong)
-        wrong[:0] = [_strange(column) for column in row if column not in {*COLUMNS, *strange}]
+        own = {column for column in row if column.startswith(SETTINGS)}
+        wrong[:0] = [_strange(column) for column in row if column not in {*COLUMNS, *strange, *own}]
         strange.update(row)
         if case is not None and case.id in cases:
             wrong.append(f"id {case.id!r} is that of {first[case.id]}; give each case its own")
@@ -237,7 +241,7 @@ def _strange(column: str) -> str:
 def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
     """The case of a row, or None; what is wrong with it is added to the list."""
     for column in row:
-        if column in COLUMNS and column != "box" and not isinstance(row[column], str):
+        if (column in COLUMNS or column.startswith(SETTINGS)) and column != "box" and not isinstance(row[column], str):
             wrong.append(f"{column}={row[column]!r} is not text; put it in quotes")
         elif re.search("[\ud800-\udc7f\udd00-\udfff]", str(row[column])):  # the others: names of files in no UTF-8
             wrong.append(f"{column}={row[column]!r} holds half a character; write it as UTF-8")
@@ -260,6 +264,7 @@ def _case(row: Mapping[str, Any], root: Path, wrong: list[str]) -> Case | None:
         mask=found.get("mask", box),
         hints={kind: found[kind] for kind in HINTS if kind in found},
         truth=found.get("truth"),
+        settings={column: text for column, text in texts.items() if column.startswith(SETTINGS) and text},
     )
 
 

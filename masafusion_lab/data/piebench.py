@@ -23,6 +23,8 @@ SIDE = 512
 KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
          "change material", "change background", "change style")  # fmt: skip
 """By editing_type_id."""
+BLENDED = ("method.blend_source", "method.blend_target")
+"""What blended_word, a word of each prompt, sets for methods with a local blend."""
 BRACKETS = str.maketrans("", "", "[]")
 
 
@@ -70,8 +72,10 @@ def _case(id: str, entry: dict[str, Any], images: Path, wrong: list[str]) -> Cas
     drawn, scored = (Made(f"{id}: its mask", partial(_picture, runs, border)) for border in (False, True))
     some = drawn.make().getbbox() is not None and scored.make().getextrema()[0] == 0
     instruction = str(entry.get("editing_instruction", ""))
-    mask = drawn if some else None
-    return Case(id, image, source, target, instruction, mask=mask, scored=scored, kind=KINDS[int(kind)])
+    mask, words = drawn if some else None, str(entry.get("blended_word", "")).split()
+    settings = dict(zip(BLENDED, words, strict=True)) if len(words) == len(BLENDED) else {}
+    return Case(id, image, source, target, instruction, mask=mask, scored=scored, kind=KINDS[int(kind)],
+                settings=settings)  # fmt: skip
 
 
 def _picture(runs: Any, border: bool) -> Image.Image:

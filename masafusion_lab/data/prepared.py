@@ -30,7 +30,9 @@ class Prepared:
     """A case as tensors, float32, on the CPU: W x H working pixels, latent cells of `factor` pixels.
 
     `pixels` (3, H, W) in [0, 1]; `mask` A (1, H / factor, W / factor), 1 inside, as the edit uses it; `mask_full`
-    (1, H, W), as given; `hints`: kind -> (1 or 3, H, W) in [0, 1]; `original`: width and height of the picture.
+    (1, H, W), as given; `shown` (1, H, W): the pixels that the edit may change where the others are put back, the mask
+    as given or, where it was made to grow or fade, A's cells; `hints`: kind -> (1 or 3, H, W) in [0, 1]; `original`:
+    width and height of the picture.
     """
 
     pixels: Tensor
@@ -38,6 +40,7 @@ class Prepared:
     mask_full: Tensor | None
     hints: Mapping[str, Tensor]
     original: tuple[int, int]
+    shown: Tensor | None = None
 
 
 def prepare(
@@ -74,6 +77,9 @@ def prepare(
         mask_full=full,
         hints={kind: _hint(kind, hint, image, (width, height)) for kind, hint in case.hints.items()},
         original=image.size,
+        shown=full
+        if mask is None or not (dilate or how.feather)
+        else F.interpolate(mask[None], scale_factor=factor)[0],
     )
 
 
