@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -44,7 +46,8 @@ def finish_case(folder: Path, result: Mapping[str, Any]) -> None:
 def fail_case(folder: Path, why: str, root: Path) -> None:
     """Put on record in error.json why a case has no result, in one line in which `root` is not named."""
     begin_case(folder)
-    write_json(folder / ERROR, {"error": " ".join(why.replace(str(root), "").split())[:500]})
+    said = re.sub(rf"(?<![\w./-]){re.escape(f'{root}{os.sep}')}", "", why)
+    write_json(folder / ERROR, {"error": " ".join(said.split())[:500]})
 
 
 def damage(folder: Path) -> str | None:

@@ -8,6 +8,7 @@ FOLDER/results.parquet, *.png, report.html   made anew from them at the end
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ class Survey:
         for case, point in itertools.product(self.cases, self.points):
             folder = self.place(case, point)
             result, error = read_json(folder / "result.json"), read_json(folder / "error.json").get("error", "")
-            if result and (error := damage(folder) or ""):
+            if result and (error := (damage(folder) or "").replace(f"{folder}{os.sep}", "")):
                 result = {}
             values, missing = scorer.score(case, folder) if result else ({}, {})
             found.append(

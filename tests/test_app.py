@@ -24,6 +24,7 @@ from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.desk import Job
 from masafusion_lab.web.studio import Studio, brought
 from tests.edits import SIZE, Calls, drawn, sent, upload
+from tests.test_results import flip
 
 EVIL = '<img src=x onerror=alert(1)>"${1}{{2}}'
 
@@ -55,6 +56,17 @@ def test_who_comes_finds_the_picture_that_the_lab_was_started_with_ready_to_run(
     assert drawing["put"]["region"]
     assert "No runs yet" in cards
     assert handlers.arrive(studio, token)[0] == token
+
+
+def test_a_run_that_was_damaged_shows_no_pictures_but_what_is_damaged(studio):
+    token, picture, *_ = handlers.arrive(studio, "")
+    ran(studio, token, picture, sent(), "a cat on grass", "a red dog on grass")
+    (past,) = studio.past(token)
+    flip(past.folder / "target.png")
+    (past,) = studio.past(token)
+    assert not past.done
+    assert studio.finished(token, past.folder.name) is None
+    assert "target.png: is damaged: not what was written" in views.cards([past])
 
 
 def test_a_run_is_a_folder_like_the_command_lines_that_can_be_run_again_to_the_same_bytes(

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from masafusion_lab import InputError, phases
 from masafusion_lab.data.case import Made
 from masafusion_lab.data.digests import digest
 from masafusion_lab.hub import fingerprint, fingerprints
+from masafusion_lab.results import fail_case
 from masafusion_lab.runs import case_folder, read_json, write_json
 from tests.edits import STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
@@ -87,6 +89,8 @@ def test_other_prompts_of_a_case_are_refused_and_other_settings_made(lab, tiny_r
     phases.edit(lab, [case()], tmp_path / "run")
     with pytest.raises(InputError, match=r"^cat: target: changed since"):
         phases.edit(lab, [case(target="a red horse on grass")], tmp_path / "run")
+    with pytest.raises(InputError, match=r"^cat: method\.guidance: changed since"):
+        phases.edit(lab, [case(settings={"method.guidance": "3"})], tmp_path / "run")
     seeded = make_lab(tiny_root, tmp_path / "store", "seed=1")
     phases.edit(seeded, [case(target="a red horse on grass")], tmp_path / "run")
     assert read_json(tmp_path / "run/result.json")["prompts"]["target"] == "a red horse on grass"
@@ -154,3 +158,11 @@ def test_where_no_case_can_be_edited_that_is_said_at_once(lab, tmp_path):
     with pytest.raises(InputError, match="canny"):
         phases.edit(lab, cases[:1], tmp_path / "run", lost=lambda *_: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reason_of_a_failure_names_no_place_and_keeps_its_letters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root, why in (("a", "a/hints/cat.png: a banana/x is damaged"), (f"{tmp_path}/a", f"({tmp_path}/a/cat.png)")):
+        fail_case(Path(root, "case"), why, Path(root))
+        said = read_json(Path(root, "case", "error.json"))["error"]
+        assert said == {"a": "hints/cat.png: a banana/x is damaged"}.get(root, "(cat.png)")

@@ -184,7 +184,17 @@ class Studio:
         """The runs of this person, latest first."""
         found = {path: read_json(path) for path in (self.person(token) / "runs").glob("*/state.json")}
         runs = sorted(found, key=lambda path: found[path].get("started", ""), reverse=True)[:LATEST]
-        return [Past(path.parent, found[path], read_json(path.with_name("result.json"))) for path in runs]
+        return [looked_at(path.parent, found[path]) for path in runs]
+
+
+def looked_at(folder: Path, state: Mapping[str, Any]) -> Past:
+    """What is left of a run; of one whose files are not what was written, what is damaged and no result."""
+    from masafusion_lab.results import damage
+
+    result = read_json(folder / "result.json")
+    if result and (why := damage(folder)):
+        return Past(folder, {**state, "state": "damaged", "error": why.replace(f"{folder}{os.sep}", "")}, {})
+    return Past(folder, state, result)
 
 
 def keep_picture(folder: Path, name: str, image: Image.Image, *, apart: bool = True) -> Path:
