@@ -189,7 +189,7 @@ def as_markdown(found: Sequence[Table]) -> str:
 
 def _unmarked(text: str) -> str:
     """A text in one line of Markdown in which nothing of it is markup, an entity or the end of a cell."""
-    return re.sub(r"([\\`*_{}\[\]<>|~&#$!])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*{}\[\]<>|~&#$!]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
 
 
 def as_csv(found: Sequence[Table]) -> str:

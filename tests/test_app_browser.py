@@ -121,6 +121,21 @@ def studio_token(studio):
     return ""
 
 
+def test_run_waits_for_the_picture_and_what_is_pressed_then_for_the_model(lab, studio, monkeypatch):
+    opened, loaded = threading.Event(), threading.Event()
+    load, load_model = studio.load, studio._load
+    monkeypatch.setattr(studio, "load", lambda: opened.wait(60) and load())
+    monkeypatch.setattr(studio, "_load", lambda *of: loaded.wait(60) and load_model(*of))
+    lab.page.goto(lab.url)
+    lab.says("opening the picture")
+    lab.expect(lab.page.get_by_role("button", name="Run", exact=True)).to_be_disabled()
+    opened.set()
+    lab.press("Run")
+    lab.says("loading the model")
+    loaded.set()
+    lab.says("UNet rows")
+
+
 def test_a_prompt_with_markup_is_shown_as_it_was_typed(lab, studio):
     studio.experiment.target = "<img src=x onerror=alert(1)> a dog"
     lab.arrive(1280, 800)
