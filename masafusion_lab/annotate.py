@@ -185,8 +185,11 @@ def pieces(tokenizer: Any, source: str, target: str) -> tuple[list[tuple[str, bo
     return before, after
 
 
-def opened(case: Case) -> tuple[Image.Image, dict[str, Image.Image]]:
-    """The picture of a case, and what is drawn over it (mask, one hint of lines, pose) at the size to draw upon."""
+def opened(case: Case, by: str = "auto") -> tuple[Image.Image, dict[str, Image.Image]]:
+    """The picture of a case, and what is drawn over it (mask, one hint of lines, pose) at the size to draw upon.
+
+    `by`: how its mask is read, see `Region.by`.
+    """
     picture = open_picture(case.image)
     lines = [kind for kind in LINES if kind in case.hints]
     if len(lines) > 1:
@@ -199,7 +202,7 @@ def opened(case: Case) -> tuple[Image.Image, dict[str, Image.Image]]:
         corners = [s / side * full for s, side, full in zip(case.mask, sides, drawings["mask"].size * 2, strict=True)]
         ImageDraw.Draw(drawings["mask"]).rectangle(corners, fill=255)
     elif case.mask is not None:
-        drawings["mask"] = over(open_mask(case.mask), picture)
+        drawings["mask"] = over(open_mask(case.mask, by), picture)
     return picture, drawings
 
 
@@ -225,6 +228,6 @@ def layer_of(column: str) -> str:
     return {"mask": "region", "canny": "sketch"}.get(column, column)
 
 
-def read_layer(file: Picture, layer: str) -> Image.Image:
+def read_layer(file: Picture, layer: str, by: str = "auto") -> Image.Image:
     """What a file shows of a layer, on black; of lines on white their inverse, with a warning. Raises InputError."""
-    return open_mask(file) if layer == "region" else open_hint(file, layer)
+    return open_mask(file, by) if layer == "region" else open_hint(file, layer)

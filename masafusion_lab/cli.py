@@ -19,7 +19,7 @@ from rich.text import Text
 
 from masafusion_lab import InputError, config, interrupt, request, upkeep
 from masafusion_lab.manual import WithKeys, complete
-from masafusion_lab.progress import Lost, Spoken, Voice, bar, console
+from masafusion_lab.progress import Lost, Voice, bar, console, heard
 from masafusion_lab.recorded import recorded
 from masafusion_lab.request import cases_of, read
 from masafusion_lab.web.gate import check_place
@@ -56,7 +56,7 @@ def edit(words: Words = None, files: Files = None, print_config: Printed = False
 
     A case of several that cannot be edited stops no other; exit status 1 if there was one.
     """
-    experiment = replace(read(words or (), files or ()), axes={})  # of a sweep's file one point
+    experiment = replace(read(words or (), files or (), runs=not print_config), axes={})  # of a sweep's file one point
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
@@ -97,7 +97,7 @@ def attend(
 
     Of any method; method.name=replay watches a picture that is only inverted, and needs no target.
     """
-    experiment = read(words or (), files or ())
+    experiment = read(words or (), files or (), runs=not print_config)
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
@@ -125,7 +125,7 @@ def invert(words: Words = None, files: Files = None, print_config: Printed = Fal
 
     One of several that cannot be used stops no other; exit status 1 if there was one.
     """
-    experiment = read(words or (), files or (), edits=False)
+    experiment = read(words or (), files or (), edits=False, runs=not print_config)
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
@@ -149,7 +149,7 @@ def sweep(words: Words = None, files: Files = None, print_config: Printed = Fals
     """Make an edit at many points (axes.KEY=VALUES), computing once what they have in common; say which is best."""
     from masafusion_lab import survey
 
-    experiment = read(words or (), files or (), needs=survey.problems)
+    experiment = read(words or (), files or (), runs=not print_config, needs=survey.problems)
     if print_config:
         typer.echo(config.to_yaml(experiment), nl=False)
         return
@@ -245,19 +245,13 @@ def main() -> None:
 
     0 done; 1 failed (the traceback is in a file that is named); 2 something given cannot be used; 128 + n signal n.
     """
-    package, every = logging.getLogger("masafusion_lab"), logging.getLogger()
-    spoken, unsaid = Spoken(), logging.NullHandler()
-    package.setLevel(logging.INFO)
-    package.addHandler(spoken)
-    every.addHandler(unsaid)  # or Python would say what libraries log
-    logging.captureWarnings(True)
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     rich.get_console().__class__ = Voice  # of Lightning's bar
     _keep_memory()
     try:
-        with interrupt.handled():
+        with heard(), interrupt.handled():
             app()
     except InputError as error:
         code = _say(error, 2)
@@ -265,10 +259,6 @@ def main() -> None:
         code = _say(stop, stop.code)
     except Exception as error:
         code = _say(_one_line(error), 1)
-    finally:
-        package.removeHandler(spoken)
-        every.removeHandler(unsaid)
-        logging.captureWarnings(False)
     sys.exit(code)
 
 

@@ -154,7 +154,7 @@ def find(name: str, keys: Mapping[str, Key]) -> Key | None:
     if name.startswith("trainer."):
         return trainer_keys().get(name)
     for table, _, entry in (name.rpartition("."), name.partition(".")):  # axes.method.guidance is an entry of axes
-        if table in keys and entry:
+        if table in keys and entry and get_origin(keys[table].type) is dict:
             return Key(name, get_args(keys[table].type)[1], None, keys[table].doc)
     return None
 
@@ -184,7 +184,7 @@ def unknown(name: str, text: str | list[str], keys: Mapping[str, Key]) -> str:
         having = [
             title.partition("=")[2]
             for title, fields in tables().items()
-            if title.startswith(f"{table}.name=") and any(f"{name}.".startswith(f"{key.name}.") for key in fields)
+            if title.startswith(f"{table}.name=") and any(name == k.name or find(name, {k.name: k}) for k in fields)
         ]
         if having:
             return f"is a key of {table}.name={' | '.join(having)}, not of the {table} that is chosen"

@@ -70,6 +70,8 @@ class Lab:
         known = keys.known({**dict.fromkeys(keys.CHOSEN), "method": settings(self.method)["name"]})
         values: dict[str, Any] = {}
         for name, text in case.settings.items():
+            if name == "method.name":
+                raise InputError(f"{case.id}: {name}={text}: all cases have one method; edit this in a run of its own")
             if (key := keys.find(name, known)) is None:
                 if keys.find(name, every) is None:
                     raise InputError(f"{case.id}: {name}: {keys.unknown(name, text, every)}")
@@ -83,12 +85,16 @@ class Lab:
             values[field_] = {**before, entry[0]: value} if entry else value
         return replace(self, method=replace(self.method, **values)) if values else self  # type: ignore[type-var]
 
+    def read(self, case: Case) -> Case:
+        """The case without its hints, if the method reads none."""
+        return case if self.reads_hints else self.ask(_without_hints, case)
+
     def prepare(self, case: Case) -> Prepared:
         """The tensors of a case, at the size that this model works at."""
         m = self.model
         return self.ask(
             prepare,
-            case if self.reads_hints else self.ask(_without_hints, case),
+            self.read(case),
             factor=m.factor,
             multiple=m.multiple,
             native=m.native,

@@ -14,8 +14,8 @@ import torch
 from masafusion_lab import InputError, __version__, interrupt
 from masafusion_lab.batches import Batches, as_item
 from masafusion_lab.callbacks import Attend, Job, Mirror, Results
-from masafusion_lab.data.case import Case
-from masafusion_lab.data.digests import check_inputs, inputs
+from masafusion_lab.data.case import HINTS, Case
+from masafusion_lab.data.digests import UNREAD, check_inputs, inputs
 from masafusion_lab.editor import Editor, followed
 from masafusion_lab.inversion import Ddim, Direct, EditFriendly, Inversion, Npi
 from masafusion_lab.inverting import invert
@@ -82,7 +82,8 @@ def job(lab: Lab, case: Case, folder: Path, place: int = 0, callbacks: Sequence[
         "version": __version__,
     }
     kin = (width, height, *sorted(prepared.hints), prepared.mask is None)
-    key, of_record, made_of = lab.store.key(depends), lab.store.key(record), lab.ask(inputs, case)
+    key, of_record = lab.store.key(depends), lab.store.key(record)
+    made_of = lab.ask(inputs, lab.read(case)) | ({} if lab.reads_hints else dict.fromkeys(HINTS, UNREAD))
     return Job(case, folder, key, of_record, kin, prepared.original, place, made_of)
 
 
@@ -163,7 +164,7 @@ def edit(
         found[case.id] = hit
     kin: dict[Any, dict[str, Job]] = {}
     for id, each in left.items():
-        kin.setdefault(tuple(each.case.settings.items()), {})[id] = each
+        kin.setdefault(repr(lab.of(each.case).method), {})[id] = each
     for alike in kin.values():
         _predict(lab.of(next(iter(alike.values())).case), alike, found, loggers, callbacks)
     if missed := [job for job in jobs if not (is_done(job.folder, job.key) and whole(job.folder))]:

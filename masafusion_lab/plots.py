@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from masafusion_lab import fonts
 from masafusion_lab.landscape import Record, importance, pareto
 from masafusion_lab.look import panel, styled
 from masafusion_lab.metrics import MEASURES
@@ -207,24 +208,26 @@ def contact_sheet(
             pictures[place(record)] = record
     side = min(side, math.isqrt(4 * 10**7 // (len(values[0]) * len(values[1]))))  # that it can be opened again
     width = round(side * source.width / source.height)
-    gap, font = 6, ImageFont.load_default(13)
+    gap = 6
     left, top = 84 + width + 4 * gap, 44
-    size = left + len(values[1]) * (width + gap) + gap, top + max(1, len(values[0])) * (side + gap) + gap
-    sheet = Image.new("RGB", size, PAPER)
+    wide, high = left + len(values[1]) * (width + gap) + gap, top + max(1, len(values[0])) * (side + gap) + gap
+    note = fonts.named(fonts.unwritable("".join(written(value) for line in values for value in line)))
+    sheet = Image.new("RGB", (wide, high + 20 * bool(note)), PAPER)
     draw = ImageDraw.Draw(sheet)
     sheet.paste(source.convert("RGB").resize((width, side), Image.Resampling.LANCZOS), (gap, top))
-    draw.text((gap, top - 6), "source", fill=INK, font=font, anchor="ls")
-    draw.text((left, 14), short(over[-1]), fill=SOFT, font=font, anchor="ls")
+    labels = [
+        ((gap, top - 6), "source", INK, "ls"),
+        ((left, 14), short(over[-1]), SOFT, "ls"),
+        ((gap, high + 8), note, SOFT, "ls"),
+    ]
     for column, value in enumerate(values[1]):
-        draw.text(
-            (left + column * (width + gap) + width // 2, top - 6), written(value), fill=INK, font=font, anchor="ms"
-        )
+        labels.append(((left + column * (width + gap) + width // 2, top - 6), written(value), INK, "ms"))
     if len(over) == 2:
-        draw.text((left - 2 * gap, 14), short(over[0]), fill=SOFT, font=font, anchor="rs")
+        labels.append(((left - 2 * gap, 14), short(over[0]), SOFT, "rs"))
         for row, value in enumerate(values[0]):
-            draw.text(
-                (left - 2 * gap, top + row * (side + gap) + side // 2), written(value), fill=INK, font=font, anchor="rm"
-            )
+            labels.append(((left - 2 * gap, top + row * (side + gap) + side // 2), written(value), INK, "rm"))
+    for at, text, fill, anchor in labels:
+        fonts.write(draw, at, text, 13, fill=fill, anchor=anchor)
     for (row, column), record in pictures.items():
         x, y = left + column * (width + gap), top + row * (side + gap)
         with Image.open(folder / record["picture"]) as picture:

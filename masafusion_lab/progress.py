@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -67,6 +68,17 @@ class Lost:
             raise typer.Exit(1)
 
 
+class Library(logging.Logger):
+    """Logger of a library: whatever it asks for, it reaches the root's handlers, of which none is the terminal."""
+
+    propagate = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+    def addHandler(self, hdlr: logging.Handler) -> None:  # noqa: N802
+        """Add a handler, but none that writes to the terminal."""
+        if not isinstance(hdlr, logging.StreamHandler) or isinstance(hdlr, logging.FileHandler):
+            super().addHandler(hdlr)
+
+
 class Spoken(logging.Handler):
     """Says on standard error what the library logs, a warning once, above a progress bar if there is one."""
 
@@ -82,3 +94,25 @@ class Spoken(logging.Handler):
         if warning:
             self.warned.add(said)
         console.print(Text(f"warning: {said}", "yellow") if warning else Text(said, "dim"), soft_wrap=True)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """In here what this package logs is said, and what libraries log or warn of is not; enter before they are imported.
+
+    It reaches the root's handlers, so a run's log.
+    """
+    package, every = logging.getLogger("masafusion_lab"), logging.getLogger()
+    spoken, unsaid = Spoken(), logging.NullHandler()
+    package.setLevel(logging.INFO)
+    package.addHandler(spoken)
+    every.addHandler(unsaid)  # or Python would say what libraries log
+    logging.setLoggerClass(Library)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        package.removeHandler(spoken)
+        every.removeHandler(unsaid)
+        logging.setLoggerClass(logging.Logger)
+        logging.captureWarnings(False)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from masafusion_lab import InputError, config, interrupt
 
@@ -18,7 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class RunLog(logging.FileHandler):
-    """The run's log: what a full disk does not take is left out, and hides no other error."""
+    """The run's log: what a full disk does not take is left out, and hides no error; of libraries the warnings."""
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        """Whether to write it."""
+        return (record.levelno >= logging.WARNING or record.name.startswith("masafusion_lab")) and super().filter(
+            record
+        )
 
     def close(self) -> None:
         """Close it, with what it could not write."""

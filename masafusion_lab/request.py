@@ -40,11 +40,13 @@ def read(
     files: Iterable[Path],
     *,
     edits: bool = True,
+    runs: bool = False,
     needs: Callable[[config.Experiment], Iterable[str]] = lambda experiment: (),
 ) -> config.Experiment:
     """The experiment of a call, fit for the task; without a picture it is of the built-in example.
 
-    `edits`: whether the task is an edit; `needs`: what else is wrong with it, a line each. Raises InputError.
+    `edits`: whether the task is an edit; `runs`: whether it runs now, so that the log says if it is of the example;
+    `needs`: what else is wrong with it, a line each. Raises InputError.
     """
     words, files = list(words), list(files)
     given = {word.partition("=")[0] for word in words}.union(*map(config.read_yaml, files))
@@ -56,7 +58,7 @@ def read(
                 words.append(f"{key}={EXAMPLE.with_name(str(value)) if key in config.FILES else value}")
     wrong = _wrong_for_an_edit if edits else _missing
     experiment = config.load(files, words, needs=lambda e: [*wrong(e), *needs(e)])
-    if not given & {"image", "cases"}:
+    if runs and not given & {"image", "cases"}:
         log.info("no image= is given: this is the built-in example, %s", EXAMPLE)
     return experiment
 

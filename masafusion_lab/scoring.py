@@ -21,11 +21,18 @@ from masafusion_lab.data.prepared import region, tensor
 from masafusion_lab.encoders import Networks
 from masafusion_lab.metrics import Pair, measure
 from masafusion_lab.protocol import Protocol
+from masafusion_lab.region import USUAL, Region
 from masafusion_lab.runs import read_json, write_json
 
+READ = ("by", "soft")
+"""Settings of the region by which a mask is read."""
 
-def pair(case: Case, picture: Picture) -> Pair:
-    """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic."""
+
+def pair(case: Case, picture: Picture, how: Region = USUAL) -> Pair:
+    """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic.
+
+    `how`: by which the mask is read, as it was for the edit; it is cut at half grey.
+    """
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)
     mask = case.mask if case.scored is None else case.scored
@@ -41,7 +48,7 @@ def pair(case: Case, picture: Picture) -> Pair:
         local=case.target if case.caption is None else case.caption,
         truth=None if truth is None else tensor(truth),
         at_truth=None if truth is None else at(truth.size),
-        mask=None if mask is None else region(mask, source, source.size),
+        mask=None if mask is None else (region(mask, source, source.size, how) > 0.5).float(),
         drawn=case.drawn,
     )
 
@@ -78,14 +85,16 @@ class Scorer:
         What is there is taken if it was made by the same protocol and networks of the same edit, beside the same
         pictures and caption, unless `again`.
         """
-        columns, edited = self.protocol.columns, read_json(folder / "result.json").get("key")
-        beside = [case.caption, *map(_digest, (case.image, case.truth, case.mask, case.scored))]
-        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), edited, beside]
+        columns, result = self.protocol.columns, read_json(folder / "result.json")
+        changed = result.get("changed", {})
+        read = {name: changed[key] for name in READ if (key := f"region.{name}") in changed}
+        beside = [case.caption, *map(_digest, (case.image, case.truth, case.mask, case.scored)), *read.items()]
+        made_of = [self.protocol.name, self.protocol.version, columns, dict(self.facts), result.get("key"), beside]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         found = read_json(folder / "scores.json")
         if again or found.get("key") != key:
             try:
-                both = pair(case, folder / "target.png")
+                both = pair(case, folder / "target.png", Region(**read))
             except InputError as error:  # such as a target picture that cannot be read; not kept, it may be mended
                 return dict.fromkeys(columns, math.nan), dict.fromkeys(columns, str(error))
             taken = {name: measure(name, both, self.networks) for name in columns}

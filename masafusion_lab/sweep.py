@@ -76,6 +76,6 @@ def measured(
     scorer = Scorer.of(protocol, experiment.bench.encoders, device)
     if experiment.sweep.objective or experiment.sweep.kind == "search":
         for goal in goals:
-            if why := measure(goal, pair(cases[0], cases[0].image), scorer.networks)[1]:
+            if why := measure(goal, pair(cases[0], cases[0].image, experiment.region), scorer.networks)[1]:
                 raise InputError(f"sweep.objective={goal}: has no value on case {cases[0].id!r}: {why}")
     return scorer

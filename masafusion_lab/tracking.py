@@ -215,6 +215,7 @@ def has_key() -> bool:
     from wandb import Settings
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
+    _hush()
     if os.environ.get("WANDB_API_KEY"):
         return True
     settings = Settings()
@@ -224,19 +225,28 @@ def has_key() -> bool:
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """With W&B's files in the run folder and without values that it would choke on; restored afterwards."""
+    """With W&B silent, its files in the run folder, and without values that it would choke on; restored afterwards."""
     before = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    _hush()  # until W&B has read WANDB_SILENT
     try:
         for name, value in before.items():
             if name == "WANDB_MODE" or not value:
                 del os.environ[name]
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ.setdefault(name, str(folder.resolve() / "wandb"))
+        os.environ["WANDB_SILENT"] = "true"
         yield
     finally:
         for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_SERVICE"]:
             del os.environ[name]
         os.environ.update(before)
+
+
+def _hush() -> None:
+    """Have W&B log what it would print, as of its settings and of a netrc file."""
+    from wandb import Settings, termsetup
+
+    termsetup(Settings(silent=True), logging.getLogger("wandb"))
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from masafusion_lab.annotate import canvas_size, from_url, read_drawings, to_url
 from masafusion_lab.data.annotated import MANIFEST
 from masafusion_lab.maps import Attention
 from masafusion_lab.methods import METHODS
+from masafusion_lab.region import Region
 from masafusion_lab.runs import read_json
 from masafusion_lab.web import album, form, handlers, views
 from masafusion_lab.web.desk import Job
@@ -223,6 +224,17 @@ def test_region_and_sketch_come_from_the_picture_and_from_what_was_redrawn(studi
     assert "latent cells" in said
     assert shown["value"].size[0] % SIZE[0] == 0
     assert "Nothing is painted" in handlers.see(studio, picture, sent(region=None), "48x32", 0)[1]
+
+
+def test_a_file_is_read_by_what_the_lab_was_told_and_a_drawing_as_it_is_drawn(studio):
+    _, picture, *_ = handlers.arrive(studio, "")
+    studio.experiment.region = Region(by="colour:#ff0000")
+    red = Image.effect_noise(SIZE, 90).convert("RGB")
+    red.paste((255, 0, 0), (4, 4, 20, 20))
+    brought_in = {"as": "region", "uploads": [{"name": "red.png", "data": to_url(red)}]}
+    laid = handlers.lay(studio, picture, brought_in)["put"]["region"]
+    both = {"region": laid, "sketch": ""}
+    assert "latent cells" in handlers.see(studio, picture, both, "48x32", 0)[1]
 
 
 def test_text_with_markup_stays_text(studio):

@@ -130,6 +130,8 @@ def test_run_waits_for_the_picture_and_what_is_pressed_then_for_the_model(lab, s
     lab.says("opening the picture")
     lab.expect(lab.page.get_by_role("button", name="Run", exact=True)).to_be_disabled()
     opened.set()
+    lab.press("Sketch")
+    lab.stroke((0.2, 0.2), (0.8, 0.8))
     lab.press("Run")
     lab.says("loading the model")
     loaded.set()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from masafusion_lab import InputError, interrupt, phases
+from masafusion_lab.results import Changed
 from masafusion_lab.runs import case_folder
 from tests.edits import SIZE, STEPS, Calls, case, drawn
 from tests.edits import lab as make_lab
@@ -360,6 +361,52 @@ def test_a_setting_of_another_method_is_not_read_and_one_of_none_refused(lab, tm
     assert phases.job(lab.of(case(settings={"method.blend_source": "cat"})), case(), tmp_path).key == plain
     with pytest.raises(InputError, match=r"cat: method\.blend_sorce: unknown key; did you mean method\.blend_source"):
         lab.of(case(settings={"method.blend_sorce": "cat"}))
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "said"),
+    [
+        ("method.name", "plain", "cat: method.name=plain: all cases have one method"),
+        ("method.guidance.cat", "2", "cat: method.guidance.cat: unknown key"),
+        ("method.strength", "half", "cat: method.strength=half: must be number"),
+    ],
+)
+def test_a_column_that_is_no_setting_of_a_case_is_refused_by_name(tiny_root, store, column, text, said):
+    lab = make_lab(tiny_root, store, "method.name=sdedit")
+    with pytest.raises(InputError, match=said):
+        lab.of(case(settings={column: text}))
+
+
+def test_what_a_method_does_not_read_of_a_case_may_change_after_its_edit(tiny_root, store, tmp_path):
+    lab, read = make_lab(tiny_root, store, "method.name=plain"), make_lab(tiny_root, store)
+    words, sketch, other = {"method.blend_source": "cat"}, drawn("L", outline=255), drawn("L", 3, outline=255)
+    for n, (before, after) in enumerate(
+        [
+            ({"hints": {"sketch": sketch}}, {"hints": {"sketch": other}}),
+            ({"hints": {}}, {"hints": {"sketch": sketch}}),
+            ({"settings": words}, {"settings": {"method.blend_source": "dog"}}),
+            ({}, {"settings": words}),
+        ]
+    ):
+        (folder,) = phases.edit(lab, [case(**before)], tmp_path / f"{n}")
+        made = (folder / "result.json").stat().st_mtime_ns
+        phases.edit(lab, [case(**after)], folder)
+        assert (folder / "result.json").stat().st_mtime_ns == made
+    (folder,) = phases.edit(read, [case()], tmp_path / "read")
+    with pytest.raises(Changed, match="sketch: changed since"):
+        phases.edit(read, [case(hints={"sketch": other})], folder)
+    phases.edit(lab, [case()], tmp_path / "own")
+    with pytest.raises(Changed, match=r"method\.guidance: changed since"):
+        phases.edit(lab, [case(settings={"method.guidance": "2"})], tmp_path / "own")
+
+
+def test_settings_that_a_method_does_not_read_part_no_batch(tiny_root, store, tmp_path):
+    cases = [case(f"{n}", settings={"method.blend_source": f"word{n}"}) for n in range(3)]
+    lab = make_lab(tiny_root, store, "method.name=plain", "batch=3")
+    list(phases.invert(lab, cases))
+    calls = Calls(lab.model)
+    phases.edit(lab, cases, tmp_path / "run")
+    assert calls.count == STEPS
 
 
 def test_pasted_back_nothing_changes_outside_the_mask_as_drawn(tiny_root, store, tmp_path):

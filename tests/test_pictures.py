@@ -349,6 +349,9 @@ MEANT = {
     "two colours, one of them named": (put(RED, GREEN), "colour:#ff0000"),
     "one of three labels": (put((2, 2, 2), palette().convert("L").point(lambda level: level % 2)), "label:2"),
     "what is dark": (put(BLACK, WHITE), "dark"),
+    "a half erased hole": (holed(photograph(), INSIDE.point(lambda level: 255 - level // 3)), "auto"),
+    "thin paint on nothing": (holed(put(RED, RED), INSIDE.point(lambda level: level // 3)), "auto"),
+    "labels in 16 bits": (Image.fromarray((np.asarray(INSIDE) // 255).astype(np.uint16)), "auto"),
 }
 
 
@@ -359,6 +362,21 @@ def test_the_region_is_what_was_meant(what, tmp_path):
     found = np.asarray(open_mask(tmp_path / "mask.png", by)) > 127
     truth = np.asarray(INSIDE) > 127
     assert (found & truth).sum() / (found | truth).sum() > 0.97
+
+
+def voided():
+    """Labels 0 and 1, and few pixels of 255, which are of neither."""
+    labels = INSIDE.point(lambda level: level // 255)
+    ImageDraw.Draw(labels).line((70, 60, 90, 60), fill=255, width=2)
+    return labels
+
+
+def spotted():
+    """Black, but for five small spots of as many colours."""
+    spots = Image.new("RGB", (96, 64))
+    for k, colour in enumerate(["red", "green", "blue", "yellow", "white"]):
+        ImageDraw.Draw(spots).rectangle((12 * k, 10, 12 * k + 3, 12), fill=colour)
+    return spots
 
 
 @pytest.mark.parametrize(
@@ -374,8 +392,27 @@ def test_the_region_is_what_was_meant(what, tmp_path):
         ),
         (photograph(), "alpha", "nothing of it is transparent"),
         (INSIDE, "label:7", "nothing of it is of that value; it has 0 8"),
+        (photograph(), "label:128", "has colours, .* and no labels"),
+        (voided(), "auto", "a map of 3 labels, 0 79%, 1 20%, 255 1%"),
+        (spotted(), "auto", "a drawing in many colours .#000000 99%"),
+        (
+            holed(photograph(), Image.effect_noise((96, 64), 9).point(lambda level: 254 + level % 2)),
+            "auto",
+            "photograph",
+        ),
     ],
-    ids=["photograph", "painted", "two colours", "labels", "opaque", "no such label"],
+    ids=[
+        "photograph",
+        "painted",
+        "two colours",
+        "labels",
+        "opaque",
+        "no such label",
+        "a photograph's label",
+        "few pixels of no label",
+        "few pixels of many colours",
+        "nearly opaque",
+    ],
 )
 def test_what_is_no_mask_is_refused_with_what_was_found(tmp_path, picture, by, said):
     picture.save(tmp_path / "mask.png")
@@ -383,11 +420,59 @@ def test_what_is_no_mask_is_refused_with_what_was_found(tmp_path, picture, by, s
         open_mask(tmp_path / "mask.png", by)
 
 
+@pytest.mark.parametrize("ground", [BLACK, WHITE])
+def test_a_grey_photograph_that_is_cut_out_is_no_mask(ground):
+    grain = Image.fromarray(np.random.default_rng(0).normal(200, 60, (64, 96)).clip(0, 255).astype(np.uint8))
+    with pytest.raises(InputError, match="is a photograph"):
+        open_mask(put(grain.filter(ImageFilter.BoxBlur(1)), ground))
+
+
+def test_a_hole_in_a_drawing_of_two_colours_may_be_either(tmp_path):
+    lines = Image.fromarray(np.where(np.arange(64) % 8 < 2, np.uint8(0), np.uint8(255))[:, None].repeat(96, 1))
+    holed(lines, ImageChops.invert(INSIDE)).save(tmp_path / "mask.png")
+    with pytest.raises(InputError, match="is transparent in part, and black and white or of two"):
+        open_mask(tmp_path / "mask.png")
+    assert open_mask(tmp_path / "mask.png", "alpha").tobytes() == INSIDE.tobytes()
+
+
+def test_a_border_of_few_greys_is_no_map_of_labels():
+    disc = Image.new("L", (64, 64))
+    ImageDraw.Draw(disc).ellipse((16, 16, 40, 48), fill=255)
+    small = disc.resize((32, 32), Image.Resampling.BOX)
+    assert open_mask(small).tobytes() == small.tobytes()
+
+
 @pytest.mark.parametrize("kind", ["sketch", "canny", "pose"])
 def test_a_photograph_is_no_hint(tmp_path, kind):
     photograph().save(tmp_path / "a.png")
     with pytest.raises(InputError, match=f"is a photograph, .*no {kind}; "):
         open_hint(tmp_path / "a.png", kind)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "pose"])
+def test_a_photograph_in_memory_or_on_an_even_ground_is_no_hint(kind):
+    for picture in (photograph(), put(photograph().convert("L").convert("RGB"), WHITE)):
+        with pytest.raises(InputError, match=f"picture of 96x64: is a photograph, .*no {kind}; "):
+            open_hint(picture, kind)
+
+
+def test_a_pose_and_a_map_of_depth_are_no_sketch(tmp_path):
+    pose = Image.new("RGB", (96, 64))
+    for k, colour in enumerate(["red", "green", "blue", "yellow"]):
+        ImageDraw.Draw(pose).line((20 * k, 8, 20 * k + 18, 40), fill=colour, width=2)
+    pose.save(tmp_path / "pose.png")
+    Image.linear_gradient("L").point(lambda level: max(level - 100, 30)).save(tmp_path / "depth.png")
+    assert open_hint(tmp_path / "pose.png", "pose").tobytes() == pose.tobytes()
+    for name in ("pose.png", "depth.png"):
+        with pytest.raises(InputError, match=f"{name}: .*no sketch; canny=auto"):
+            open_hint(tmp_path / name, "sketch")
+
+
+def test_a_soft_mask_keeps_its_greys_but_is_no_photograph():
+    with pytest.raises(InputError, match="is a photograph"):
+        masked(photograph(), 96, 64, how=Region(soft=True))
+    faded = holed(photograph(), SMOOTH.filter(ImageFilter.GaussianBlur(3)).point(lambda level: 255 - level))
+    assert len(masked(faded, 96, 64, how=Region(soft=True)).mask.unique()) > 10, "of a hole too"
 
 
 def test_the_region_comes_from_the_mask_as_it_is_asked():

@@ -220,6 +220,18 @@ def test_piebenchs_cases_have_plain_prompts_a_kind_and_their_mask(pie):
     assert open_picture(found[0].mask).size == (512, 512)
 
 
+@pytest.mark.parametrize(
+    ("entry", "words", "told"),
+    [("cat dog", ["cat", "dog"], False), ("[cat] cat", ["cat", "cat"], False), ("", [], False), (None, [], False),
+     ("cat", [], True), ("a cat dog", [], True)],
+)  # fmt: skip
+def test_piebenchs_blended_word_sets_the_local_blend_of_a_case(pie, caplog, entry, words, told):
+    change(pie / "mapping_file.json", lambda table: table["000000000001"].update(blended_word=entry))
+    case = piebench.read_cases(pie)[1]
+    assert case.settings == dict(zip(("method.blend_source", "method.blend_target"), words, strict=False))
+    assert ("000000000001: blended_word=" in caplog.text) == told
+
+
 def test_what_piebench_edits_is_what_was_drawn_and_what_it_scores_has_the_border(pie, tmp_path):
     part, style, ends = piebench.read_cases(pie)
     assert style.mask is None  # nothing to keep: left to the method

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import wandb
 from lightning.pytorch.loggers.logger import Logger
 
 from masafusion_lab import config, phases, tracking
@@ -162,3 +163,15 @@ def test_a_logger_that_fails_in_the_middle_is_given_up_and_the_results_are_there
     assert (folder / "result.json").exists()
     assert failing.asked == good + 1
     assert caplog.text.count("Failing failed and is given up (OSError: No space left on device)") == 1
+
+
+def test_what_wandb_finds_amiss_in_files_of_this_machine_is_not_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "netrc").write_text("machine api.somewhere.org login x\n")
+    (tmp_path / "netrc").chmod(0o600)
+    for name, value in {"NETRC": str(tmp_path / "netrc"), "WANDB_BASE_URL": "https://api.somewhere.org"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert not tracking.has_key()
+    with tracking._environment(tmp_path):
+        wandb.termwarn("/some/where is not as it should be")
+    assert capsys.readouterr().err == ""

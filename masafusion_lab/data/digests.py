@@ -16,6 +16,9 @@ from masafusion_lab.once import Ask, call
 from masafusion_lab.results import RESULT, Changed, begin_case, of_settings
 from masafusion_lab.runs import read_json
 
+UNREAD = "not read"
+"""In place of the digest of a hint, for a result whose method reads none."""
+
 
 def digest(picture: Picture | Box) -> str:
     """The sha256 of a file's bytes, or of a picture's mode, size and pixels; a box in words; "" for what is no file."""
@@ -53,7 +56,7 @@ def check_inputs(
 
     With `force` that result goes, so that it is made again. `changed`: see `lab.changes`, None: the folder says it all;
     `weights`: of the model, None: not looked at; `ask`: see `Once`. What a result does not say of itself is not looked
-    at either.
+    at either, nor are hints and settings that its method does not read.
     """
     result = read_json(folder / RESULT)
     if not result or (changed is not None and not of_settings(folder, changed)):
@@ -61,7 +64,9 @@ def check_inputs(
     other = []
     for entry, now in (("inputs", ask(inputs, case)), ("weights", weights)):
         if now and (then := result.get(entry)):
-            other += [name for name in {**then, **now} if then.get(name) != now.get(name)]
+            other += [name for name in {**then, **now} if then.get(name) not in (now.get(name), UNREAD)]
+    fields = [f"method.{field}" for field in result.get("method", ())]
+    other = [name for name in other if not name.startswith("method.") or ".".join(name.split(".")[:2]) in fields]
     if other and not force:
         raise Changed(
             f"{case.id}: {', '.join(other)}: changed since {folder} was made; write elsewhere with out=FOLDER, or "

@@ -36,16 +36,16 @@ def open_picture(picture: Picture) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_mask(picture: Picture, by: str = "auto") -> Image.Image:
-    """The mask as L, 255 inside; `by`: see `Region.by`. Raises as `open_picture` and `masks.region` do."""
-    return masks.region(_open(picture, labels=by.startswith("label")), named(picture), by)
+def open_mask(picture: Picture, by: str = "auto", *, soft: bool = False) -> Image.Image:
+    """The mask as L, 255 inside; `by`, `soft`: see `Region`. Raises as `open_picture` and `masks.region` do."""
+    return masks.region(_open(picture, by), named(picture), by, soft=soft)
 
 
 def open_hint(picture: Picture, kind: str = "sketch") -> Image.Image:
     """The hint: L, white lines on black, for a sketch or canny map; else RGB, over black where it is transparent.
 
     Black lines on white are inverted, with a warning; a blank hint is warned of. Raises as `open_picture` does, and for
-    a file that is a photograph.
+    a photograph; what is `Made`, or grey in memory, was drawn by us or says so.
     """
     image = _open(picture)
     if image.mode == "RGBA":
@@ -53,9 +53,10 @@ def open_hint(picture: Picture, kind: str = "sketch") -> Image.Image:
         ink = ImageStat.Stat(grey, alpha).mean[0] if alpha.getbbox() else 255
         paper = "white" if ink < 128 and kind in LINES else "black"
         image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
-    if isinstance(picture, Path | str) and not masks.is_drawn(masks.over_black(image), in_colours=kind not in LINES):
+    known = isinstance(picture, Made) or (isinstance(picture, Image.Image) and picture.mode == "L")
+    if not known and not masks.is_drawn(masks.over_black(image), in_colours=kind not in LINES):
         way = "canny=auto, or sketch=auto with pidinet=FILE, draws its outlines" if kind in LINES else "draw on black"
-        raise InputError(f"{picture}: is a photograph, or has no even ground, and no {kind}; {way}")
+        raise InputError(f"{named(picture)}: is a photograph, or has no even ground, and no {kind}; {way}")
     image = image.convert("L" if kind in LINES else "RGB")
     if kind in LINES and ImageStat.Stat(image).mean[0] > 127.5:
         log.warning("%s: the %s is mostly white, so black lines on white: it is inverted", named(picture), kind)
@@ -65,14 +66,14 @@ def open_hint(picture: Picture, kind: str = "sketch") -> Image.Image:
     return image
 
 
-def _open(picture: Picture, *, labels: bool = False) -> Image.Image:
-    """The picture decoded and upright, as L, RGB or RGBA; with `labels` one of numbers as I, a palette's too."""
+def _open(picture: Picture, by: str = "") -> Image.Image:
+    """The picture decoded and upright, as L, RGB or RGBA; a mask read `by` label as I, a palette's numbers too."""
     name = named(picture)
     try:
         if isinstance(picture, Made):
             picture = picture.make()
         if isinstance(picture, Image.Image):
-            return _decoded(picture, name, labels)
+            return _decoded(picture, name, by)
         path = Path(picture)
         if path.is_dir():
             raise InputError(f"{name}: is a folder; give the picture in it")
@@ -84,7 +85,7 @@ def _open(picture: Picture, *, labels: bool = False) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             image = Image.open(path, formats=FORMATS)
         with image:
-            return _decoded(image, name, labels)
+            return _decoded(image, name, by)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -100,7 +101,7 @@ def _open(picture: Picture, *, labels: bool = False) -> Image.Image:
 _TOO_LARGE = f"has more than {LARGEST:,} pixels, and is not decoded; make it smaller"
 
 
-def _decoded(image: Image.Image, name: str, labels: bool) -> Image.Image:
+def _decoded(image: Image.Image, name: str, by: str) -> Image.Image:
     if image.width * image.height > LARGEST:
         raise InputError(f"{name}: {image.width}x{image.height} {_TOO_LARGE}")
     if image.width * image.height == 0:
@@ -109,10 +110,12 @@ def _decoded(image: Image.Image, name: str, labels: bool) -> Image.Image:
         log.warning("%s: has %d frames; the first is taken", name, image.n_frames)  # type: ignore[attr-defined]
         image.seek(0)
     image = ImageOps.exif_transpose(image)
-    if labels and image.mode in ("1", "L", "P", "I", "I;16"):
+    if by.startswith("label") and image.mode in ("1", "L", "P", "I", "I;16"):
         return Image.fromarray(np.asarray(image).astype(np.int32))
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image, np.float32).clip(0, 65535) / 257).round().astype(np.uint8))
+        levels = np.asarray(image, np.float32).clip(0, 65535)
+        shade = 1 if by and levels.max() < 256 else 257  # a mask of labels, in more bits than it needs
+        return Image.fromarray((levels / shade).round().astype(np.uint8))
     if image.mode == "F":
         raise InputError(f"{name}: holds floating-point numbers; save it with 8 or 16 bits")
     return image.convert("RGBA" if image.has_transparency_data else "L" if image.mode in ("1", "L") else "RGB")

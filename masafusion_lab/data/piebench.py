@@ -8,6 +8,7 @@ are no part of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 
 from masafusion_lab.data.case import Case, Made
 from masafusion_lab.data.folder import inside, read_object, told
+
+log = logging.getLogger(__name__)
 
 SIDE = 512
 KINDS = ("random", "change object", "add object", "delete object", "change content", "change pose", "change colour",
@@ -72,7 +75,9 @@ def _case(id: str, entry: dict[str, Any], images: Path, wrong: list[str]) -> Cas
     drawn, scored = (Made(f"{id}: its mask", partial(_picture, runs, border)) for border in (False, True))
     some = drawn.make().getbbox() is not None and scored.make().getextrema()[0] == 0
     instruction = str(entry.get("editing_instruction", ""))
-    mask, words = drawn if some else None, str(entry.get("blended_word", "")).split()
+    mask, words = drawn if some else None, str(entry.get("blended_word") or "").translate(BRACKETS).split()
+    if len(words) not in (0, len(BLENDED)):
+        log.warning("%s: blended_word=%s: must be a word of each prompt; no local blend", id, " ".join(words))
     settings = dict(zip(BLENDED, words, strict=True)) if len(words) == len(BLENDED) else {}
     return Case(id, image, source, target, instruction, mask=mask, scored=scored, kind=KINDS[int(kind)],
                 settings=settings)  # fmt: skip

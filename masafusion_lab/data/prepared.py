@@ -149,7 +149,7 @@ def region(mask: Picture | Box, image: Image.Image, working: tuple[int, int], ho
     if isinstance(mask, tuple):
         drawn_over = _boxed(mask, image)
     else:
-        drawn = open_mask(mask, "light" if how.soft and how.by == "auto" else how.by)
+        drawn = open_mask(mask, how.by, soft=how.soft)
         _check_aspect(f"{named(mask)}: the mask", drawn, image, working)
         drawn_over = tensor(drawn)
     whole = drawn_over if how.soft else (drawn_over > how.threshold).float()
@@ -194,4 +194,5 @@ def _check_region(name: str, full: Tensor, mask: Tensor, factor: int, sure: bool
         )
     edges = torch.cat([full[0, 0], full[0, -1], full[0, :, 0], full[0, :, -1]])
     if edges.min() == 1 and not sure:
-        log.warning("%s: white, which is edited, runs all round the picture; is the mask inverted?", name)
+        say = "is the mask inverted? Then region.by=dark, or opaque"
+        log.warning("%s: white, which is edited, runs all round the picture; %s", name, say)

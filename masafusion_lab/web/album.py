@@ -73,7 +73,7 @@ def keep(studio: Studio, token: str, id: str, sent: Any, kind: str, *texts: str)
 def add(studio: Studio, token: str, picture: str, sent: Any) -> tuple[Any, ...]:
     """Add pictures that were brought in to this person's own set; or show what was for a layer of the drawing."""
     if meant(sent):
-        return gr.skip(), gr.skip(), lay(picture, sent), *[gr.skip()] * 6
+        return gr.skip(), gr.skip(), lay(studio, picture, sent), *[gr.skip()] * 6
     folder, first = studio.set_folder(token), ""
     with told():
         if studio.experiment.cases:

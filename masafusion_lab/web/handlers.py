@@ -51,7 +51,7 @@ def arrive(studio: Studio, token: str) -> tuple[Any, ...]:
     experiment = studio.experiment if studio.experiment.image else request.read([], [])
     with told(), noticed() as said:
         (case,) = request.cases_of(replace(experiment, cases=""))
-        picture, drawings = opened(case)
+        picture, drawings = opened(case, experiment.region.by)
     path = keep_picture(studio.person(token) / "pictures", case.id, picture)
     texts = case.source, case.target, case.instruction
     drawing = views.drawing(picture, drawings, said)
@@ -81,18 +81,18 @@ def history(studio: Studio, token: str) -> tuple[str, Any]:
 def bring(studio: Studio, token: str, picture: str, sent: Any) -> tuple[Any, ...]:
     """A picture that was brought in, its drawing, and no prompts; or what was brought in for a layer of the drawing."""
     if meant(sent):
-        return gr.skip(), lay(picture, sent), gr.skip(), gr.skip(), gr.skip()
+        return gr.skip(), lay(studio, picture, sent), gr.skip(), gr.skip(), gr.skip()
     with told():
         name, image = brought((uploads(sent) or [None])[0])
         path = keep_picture(studio.person(token) / "pictures", name, image)
     return str(path), views.drawing(image, {}), "", "", ""
 
 
-def lay(picture: str, sent: Any) -> dict[str, Any]:
+def lay(studio: Studio, picture: str, sent: Any) -> dict[str, Any]:
     """A region, sketch or pose from a file, brought to polarity and size, and what had to be done for that."""
-    layer = meant(sent)
+    layer, by = meant(sent), studio.experiment.region.by
     with told(), noticed() as said:
-        _, drawing = brought((uploads(sent) or [None])[0], lambda file: read_layer(file, layer))
+        _, drawing = brought((uploads(sent) or [None])[0], lambda file: read_layer(file, layer, by))
         laid = over(drawing, _open(picture))
     unnamed = [text.split(": ", 1)[-1] for text in said]
     return views.drawing(None, {"mask" if layer == "region" else layer: laid}, unnamed)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,14 @@ class Studio:
             self._tokenizer = self._tokenizer or copy.deepcopy(model.tokenizer)
             return pieces(self._tokenizer, source, target)
 
+    @property
+    def drawn_by(self) -> str:
+        """How a drawing is read, which is white on black, however the files are; see `Region.by`."""
+        return "auto" if self.experiment.region.by == "auto" else "light"
+
     def see(self, picture: Image.Image, region: Image.Image, size: str, dilate: int) -> tuple[Image.Image, str]:
         """The region as the model will see it; see `annotate.seen`."""
-        m, how = self.model, self.experiment.region
+        m, how = self.model, replace(self.experiment.region, by=self.drawn_by)
         sizes: dict[str, Any] = {"factor": m.factor, "multiple": m.multiple, "native": m.native, "size": size}
         return seen(picture, region, **sizes, dilate=dilate, how=how)
 
@@ -133,7 +138,10 @@ class Studio:
         """
         folder = self.person(token)
         files = {kind: keep_picture(folder / "drawings", kind, image) for kind, image in drawings.items() if image}
-        given = dict.fromkeys(("mask", "box", *HINTS, "cases", "out"), "") | {"image": picture}
+        given = dict.fromkeys(("mask", "box", *HINTS, "cases", "out"), "") | {
+            "image": picture,
+            "region.by": self.drawn_by,
+        }
         experiment = request.read(
             [*self.words, *(f"{key}={value}" for key, value in (given | files).items()), *words], self.files
         )
