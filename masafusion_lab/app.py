@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import gradio as gr
-from starlette.middleware import Middleware
 
 from masafusion_lab import InputError, interrupt
 from masafusion_lab.web.gate import Gate
@@ -53,6 +54,12 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None) 
         "GRADIO_TEMP_DIR": str(studio.served),
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+
+    @asynccontextmanager
+    async def gated(server: Any) -> AsyncIterator[None]:  # a gate given as middleware lies within Gradio's CORS
+        server.middleware_stack = Gate(server.middleware_stack, studio.served, host)
+        yield
+
     demo = page(studio)
     demo.queue(default_concurrency_limit=4, max_size=100)
     try:
@@ -72,8 +79,9 @@ def launch(studio: Studio, *, host: str = "127.0.0.1", port: int | None = None) 
             footer_links=[],
             css_paths=TEMPLATES / "app.css",
             theme=theme(),
-            app_kwargs={"middleware": [Middleware(Gate, served=studio.served, host=host)]},
+            app_kwargs={"lifespan": gated},
         )
     except OSError as error:
-        raise InputError(f"--port {port}: cannot be served at {host} ({error}); take another") from None
+        place = f"--port {port}" if port else "--port"
+        raise InputError(f"{place}: cannot be served at {host} ({error}); take another") from None
     return demo

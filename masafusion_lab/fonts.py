@@ -9,6 +9,7 @@ from itertools import groupby
 
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, fontManager, get_font
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 from PIL import ImageDraw, ImageFont
 
@@ -32,7 +33,10 @@ def legible(figure: Figure) -> None:
         text.set_fontfamily([USUAL, *sorted({family(letter) for letter in shown if not letter.isspace()} - {USUAL})])
         lost |= missing
     if lost:
-        figure.text(0.005, 0.003, named(lost), fontsize=5, va="bottom")
+        note = figure.text(0.005, 0.003, named(lost), fontsize=5, va="bottom", wrap=True)
+        if isinstance(engine := figure.get_layout_engine(), ConstrainedLayoutEngine):
+            height = note.get_window_extent().y1 / figure.bbox.height
+            engine.set(rect=(0, height, 1, 1 - height))
 
 
 def unwritable(text: str) -> set[str]:

@@ -203,9 +203,9 @@ def as_csv(found: Sequence[Table]) -> str:
 
 
 def _no_formula(text: str) -> str:
-    """A text in one line that no spreadsheet takes for a formula."""
+    """A text in one line that no spreadsheet takes for a formula, of which some read signs of full width too."""
     line = " ".join(text.split())
-    return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+    return f"'{line}" if line.startswith(tuple("=+-@\uff1d\uff0b\uff0d\uff20")) else line
 
 
 FIELDS = ("block", "row", "measure", "mean", "low", "high", "cases", "rank", "worse")

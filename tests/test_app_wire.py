@@ -1,5 +1,7 @@
 """The annotation lab over the wire: what is served, what goes through, and attacks."""
 
+import asyncio
+import http.client
 import json
 import signal
 import socket
@@ -122,13 +124,41 @@ def test_no_other_site_reaches_the_lab(served, path):
         assert ask(url, data, **link)[0] == 200
 
 
-def test_every_answer_says_that_no_page_may_frame_read_or_guess_it(served):
-    own = served.local_url[:-1]
-    with urllib.request.urlopen(urllib.request.Request(served.local_url, headers={"Origin": own})) as answer:
+def test_no_websocket_is_opened():
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Gate(None, Path("/served"))({"type": "websocket", "path": "/gradio_api/queue/data"}, None, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+@pytest.mark.parametrize("host", ["evil.com", ""])
+def test_no_other_site_may_ask_whether_it_may(served, host):
+    own = served.local_url.split("/")[2]
+    asked = http.client.HTTPConnection(own, timeout=60)
+    headers = {"Host": host or own, "Origin": "http://evil.com", "Access-Control-Request-Method": "POST"}
+    asked.request("OPTIONS", "/gradio_api/queue/join", headers=headers)
+    with asked.getresponse() as answer:
+        assert answer.status == 403
+        assert not [name for name in answer.headers if name.lower().startswith("access-control-")]
+        assert b"--host" in answer.read()
+    asked.close()
+
+
+@pytest.mark.parametrize("path", ["", "config", "nowhere"])
+def test_every_answer_says_that_no_page_may_frame_read_or_guess_it(served, path):
+    request = urllib.request.Request(f"{served.local_url}{path}", headers={"Origin": served.local_url[:-1]})
+    try:
+        answer = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
         headers = {name.lower(): value for name, value in answer.headers.items()}
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff"
-    assert headers.get("access-control-allow-origin", own) == own
+    assert not [name for name in headers if name.startswith("access-control-")]
 
 
 @pytest.mark.parametrize(

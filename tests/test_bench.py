@@ -474,7 +474,7 @@ def table(whole):
     return tables.tables(bench.score(whole, Scorer.of(whole.protocol, {})), whole.protocol)[0]
 
 
-@pytest.mark.parametrize("name", ["=1+1", "\t=1+1", "\r=1+1", "\n=1", "@x", "-1", "", "ours"])
+@pytest.mark.parametrize("name", ["=1+1", "\t=1+1", "\r=1+1", "\n=1", "@x", "-1", "\uff1d1+1", "", "ours"])
 def test_no_name_is_a_formula_in_the_table(table, name):
     table = dataclasses.replace(table, names=[name, *table.names[1:]])
     cells = {line[1] for line in csv.reader(io.StringIO(tables.as_csv([table]), newline=""))}

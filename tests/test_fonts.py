@@ -48,6 +48,18 @@ def test_letters_that_no_font_has_are_squares_and_named(installed):
     assert figure.texts[-1].get_text() == "no font here has U+1F408 CAT"
 
 
+def test_what_no_font_has_is_named_within_the_figure(installed):
+    installed()
+    figure = Figure((3, 2), layout="constrained")
+    label = figure.subplots().set_xlabel("\u0915\u092a\u092c\u0930\u0932\u0938\u093f\u0940")
+    fonts.legible(figure)
+    figure.draw_without_rendering()
+    place = figure.texts[-1].get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.x1
+    assert place.y1 <= label.get_window_extent().y0
+    assert figure.texts[-1].get_text().endswith("and 2 more")
+
+
 def test_a_font_that_has_a_box_for_every_letter_has_none():
     assert not any("Last Resort" in name for name, _ in fonts._fonts())
     unassigned = "\U0003fff0"  # no font can have it

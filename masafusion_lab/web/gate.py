@@ -43,6 +43,8 @@ HEADERS = {
 }
 """Of every answer. Gradio's page runs scripts of its own text, but nothing from elsewhere."""
 
+REFUSED = b"Refused: the lab answers its own page alone, under localhost, its address, or the name that --host gave.\n"
+
 
 def check_place(host: str, port: int | None) -> None:
     """Raise InputError unless this machine can serve at the host and port; None: at some port."""
@@ -73,15 +75,7 @@ class Gate:
         self.app, self.served, self.host = app, served.resolve(), host
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass on what may pass (ASGI), and answer it with HEADERS."""
-        if scope["type"] == "websocket":  # of which the page has none
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        status = self.refusal(scope) if scope["type"] == "http" else 0
-        if status:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"connection", b"close")]})
-            await send({"type": "http.response.body", "body": b""})
-            return
+        """Pass on what may pass (ASGI), and answer with HEADERS."""
 
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -89,6 +83,15 @@ class Gate:
                 message = {**message, "headers": [*own, *((k.encode(), v.encode()) for k, v in HEADERS.items())]}
             await send(message)
 
+        if scope["type"] == "websocket":  # of which the page has none
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        status = self.refusal(scope) if scope["type"] == "http" else 0
+        if status:
+            plain = [(b"connection", b"close"), (b"content-type", b"text/plain")]
+            await answer({"type": "http.response.start", "status": status, "headers": plain})
+            await answer({"type": "http.response.body", "body": REFUSED if status == 403 else b""})
+            return
         await self.app(scope, receive, answer)
 
     def is_ours(self, place: str) -> bool:
