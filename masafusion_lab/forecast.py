@@ -13,7 +13,7 @@ from torch import Tensor
 
 from masafusion_lab import InputError, config
 from masafusion_lab.data.case import Case
-from masafusion_lab.editor import Clock
+from masafusion_lab.editor import Clock, out_of_memory
 from masafusion_lab.memory import held, total
 from masafusion_lab.runner import Runner, Work, heeded
 from masafusion_lab.runs import read_json, write_json
@@ -163,15 +163,24 @@ def usual_rows(runner: Runner, work: Work) -> int:
 
 
 def speed(runner: Runner, work: Work) -> float:
-    """Seconds that a row takes, of the runner's rows at once: the better of two calls."""
+    """Seconds that a row takes, of the runner's rows at once: the better of two calls.
+
+    Halves these rows if memory does not suffice for them.
+    """
     assert runner.rows
     call, seconds = _call(runner, work, runner.rows), []
-    for _ in range(2):
-        clock = Clock(runner.lab.model.device)
-        with torch.no_grad():
-            call()
-        clock.lap("call")
-        seconds.append(clock.seconds["call"])
+    try:
+        for _ in range(2):
+            clock = Clock(runner.lab.model.device)
+            with torch.no_grad():
+                call()
+            clock.lap("call")
+            seconds.append(clock.seconds["call"])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or runner.rows == 1:
+            raise
+        runner.halve()
+        return speed(runner, work)
     return min(seconds) / runner.rows
 
 

@@ -66,6 +66,8 @@ class Lab:
 
         Raises InputError for a setting that no method has, or a value that it cannot have.
         """
+        if not case.settings:
+            return self
         every = keys.known(dict.fromkeys(keys.CHOSEN))
         known = keys.known({**dict.fromkeys(keys.CHOSEN), "method": settings(self.method)["name"]})
         values: dict[str, Any] = {}

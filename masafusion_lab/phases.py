@@ -140,10 +140,11 @@ def edit(
     places = list(zip(cases, folders, strict=True))
     for case, its in places:
         check_inputs(case, its, force=force, changed=lab.changed, weights=lab.model.weights)
-    jobs, unfit = list[Job](), list[tuple[Case, Path, InputError]]()
+    jobs, labs, unfit = list[Job](), dict[str, Lab](), list[tuple[Case, Path, InputError]]()
     for place, (case, its) in enumerate(places):
         try:
-            jobs.append(job(lab.of(case), case, its, place, callbacks))
+            labs[case.id] = lab.of(case)
+            jobs.append(job(labs[case.id], case, its, place, callbacks))
         except InputError as error:
             if lost is None or len(cases) == 1:
                 raise
@@ -162,11 +163,11 @@ def edit(
     waiting, numbers = [job.case for job in left.values()], [job.place for job in left.values()]
     for case, _, hit in invert(lab, waiting, loggers=loggers, callbacks=callbacks, places=numbers):
         found[case.id] = hit
-    kin: dict[Any, dict[str, Job]] = {}
+    kin: dict[str, dict[str, Job]] = {}
     for id, each in left.items():
-        kin.setdefault(repr(lab.of(each.case).method), {})[id] = each
+        kin.setdefault(repr(labs[id].method), {})[id] = each
     for alike in kin.values():
-        _predict(lab.of(next(iter(alike.values())).case), alike, found, loggers, callbacks)
+        _predict(labs[next(iter(alike))], alike, found, loggers, callbacks)
     if missed := [job for job in jobs if not (is_done(job.folder, job.key) and whole(job.folder))]:
         raise InputError(f"the trainer left out {len(missed)} of {len(jobs)} cases: lift its limit in trainer.*")
     return [job.folder for job in jobs]

@@ -148,14 +148,18 @@ class Runner:
             raise
         except Exception as error:
             if out_of_memory(error) and self.rows != 1:
-                self.rows = max(1, (self.rows or 64) // 2)
-                log.warning("out of memory: %d rows at once from here on; sweep.rows=%d spares this", *2 * [self.rows])
+                self.halve()
                 return self.targets(works, progress)
             if len(works) == 1:
                 return [(works[0], error)]
             log.warning("%s: %s; looking for the point at fault", what, error)
             half = len(works) // 2
             return [*self.targets(works[:half], progress), *self.targets(works[half:], progress)]
+
+    def halve(self) -> None:
+        """Compute half as many rows at once from here on, as memory did not suffice."""
+        self.rows = max(1, (self.rows or 64) // 2)
+        log.warning("out of memory: %d rows at once from here on; sweep.rows=%d spares this", *2 * [self.rows])
 
     def share(self, works: Sequence[Work]) -> Shared:
         """One course for the points' courses."""

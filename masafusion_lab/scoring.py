@@ -31,11 +31,12 @@ READ = ("by", "soft")
 def pair(case: Case, picture: Picture, how: Region = USUAL) -> Pair:
     """The edited picture of a case beside what it is compared with; resized as MagicBrush does, by Pillow's bicubic.
 
-    `how`: by which the mask is read, as it was for the edit; it is cut at half grey.
+    `how`: by which the mask is read, as it was for the edit, but not `scored`, which is the set's own. Either is cut at
+    half grey.
     """
     edited, source = open_picture(picture), open_picture(case.image)
     truth = None if case.truth is None else open_picture(case.truth)
-    mask = case.mask if case.scored is None else case.scored
+    mask, how = (case.mask, how) if case.scored is None else (case.scored, USUAL)
 
     def at(size: tuple[int, int]) -> Tensor:
         return tensor(edited if edited.size == size else edited.resize(size, Image.Resampling.BICUBIC))

@@ -111,6 +111,7 @@ def test_no_other_site_reaches_the_lab(served, path):
         {"Host": "[evil"},
         {"Origin": "http://evil.com"},
         {"Origin": "null"},
+        {"Origin": "http://[evil"},
         {"Origin": "http://127.0.0.1:1"},
         {"Origin": f"{own}.evil.com"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},

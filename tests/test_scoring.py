@@ -38,3 +38,13 @@ def test_a_score_reads_the_mask_as_its_edit_did(tmp_path, mask, changed):
     assert scorer.score(case, tmp_path) == ({"mse_area": 0}, {})
     (tmp_path / "result.json").write_text(json.dumps({"key": "a", "changed": {"region.by": "colour:#123456"}}))
     assert "nothing of it is of that value" in scorer.score(case, tmp_path)[1]["mse_area"]
+
+
+def test_a_sets_own_scored_region_is_read_as_the_set_draws_it(tmp_path):
+    """PIE-Bench's is white, however the mask that an edit was told to read."""
+    Image.fromarray(EDITED).save(tmp_path / "target.png")
+    (tmp_path / "result.json").write_text(json.dumps({"key": "a", "changed": {"region.by": "dark"}}))
+    mask, scored = drawn([0] * 3, [255] * 3), drawn([255] * 3, [0] * 3)
+    case = Case("x", Image.new("L", SIZE, 20), "a cat", "a dog", mask=mask, scored=scored)
+    scorer = Scorer.of(Protocol("test", ("mse_area",), ("mse_area",), {}, {}), {})
+    assert scorer.score(case, tmp_path) == ({"mse_area": 0}, {})

@@ -302,7 +302,8 @@ def test_a_method_that_gives_no_course_runs_by_itself(run, monkeypatch, tmp_path
     assert planned.shared == planned.alone
 
 
-def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize("timed", [False, True], ids=["while it runs", "before it runs"])
+def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path, caplog, timed):
     run(WINDOWS, out="whole")
     eps = run.lab.model.eps
 
@@ -311,12 +312,14 @@ def test_memory_that_does_not_suffice_halves_the_rows(run, monkeypatch, tmp_path
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return eps(x, *args, **options)
 
-    monkeypatch.setattr(forecast, "speed", lambda *_: 0.1)
+    if not timed:
+        monkeypatch.setattr(forecast, "speed", lambda *_: 0.1)
     monkeypatch.setattr(forecast, "alive", lambda *args: [])
     monkeypatch.setattr(run.lab.model, "eps", small)
-    found, _ = run(WINDOWS, out="small")
+    found, planned = run(WINDOWS, out="small")
     assert not found.failures
-    assert "4 rows at once from here on" in caplog.text
+    assert caplog.text.count("4 rows at once from here on") == 1
+    assert planned.rows == (4 if timed else 8)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class Gate:
     def is_foreign(self, headers: Mapping[bytes, bytes]) -> bool:
         """Whether a request is for another site's name, or of another site's page, but for a link to this one."""
         host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
-        if not self.is_ours(host) or (origin and urlsplit(origin).netloc != host):
+        if not self.is_ours(host) or (origin and origin.partition("://")[2] != host):
             return True
         of_site, mode = headers.get(b"sec-fetch-site", b"none"), headers.get(b"sec-fetch-mode")
         return of_site not in (b"same-origin", b"none") and mode != b"navigate"
